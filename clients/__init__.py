@@ -1,0 +1,1 @@
+"""Runs inside an institution: the only code that ever touches raw preferences."""

@@ -1,0 +1,1 @@
+"""Runs at the aggregator: holds the policy, sees only sums and differentially private artefacts."""
