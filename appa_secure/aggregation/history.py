@@ -1,0 +1,65 @@
+"""A group's alignment history and the weight it gives: the parts of APPA that never leave a group."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass
+class GroupHistory:
+    """The history h of one group, in [0, 1]; None before its first step. A missed step leaves it as it is."""
+
+    h: float | None = None
+
+    def update(self, r_mean: float, decay: float) -> float:
+        """Move h after a completed step (APPA §1): h ← λ·h + (1-λ)·mean reward. Returns the new h."""
+        self.h = next_history(self.h, r_mean, decay)
+        return self.h
+
+
+def next_history(h: float | None, r_mean: float, decay: float) -> float:
+    """The history after a step; the first step's mean reward is the first history.
+
+    Args:
+        h: history so far in [0, 1], or None.
+        r_mean: mean reward of the step, in [0, 1].
+        decay: λ in [0, 1).
+    """
+    if not 0.0 <= r_mean <= 1.0:
+        raise ValueError(f"mean reward must lie in [0, 1], got {r_mean}")
+    if h is None:
+        return r_mean
+    _check_history(h)
+    return decay * h + (1.0 - decay) * r_mean
+
+
+def weight(h: float | None, z: float | None, groups: int, temperature: float) -> float:
+    """A group's weight α in (0, 1] from its own history and the published normaliser.
+
+    α = exp(-h/T)/z. Uniform, 1/groups, while there is no normaliser (first step) or no history (a group's
+    first step). A group that comes back after missing the step that made z can exceed 1; it is capped there,
+    so the ranges promised to the secure sum hold and a returner never outweighs all others by more than 1 :
+    1.
+
+    Raises:
+        ValueError: a history outside [0, 1], or a z that no set of 1..groups histories can give.
+    """
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}")
+    if h is not None:
+        _check_history(h)
+    if z is not None:
+        smallest = math.exp(-1.0 / temperature)
+        if not 0.99 * smallest <= z <= 1.01 * groups:  # 1 %: room for fixed-point rounding
+            raise ValueError(
+                f"z={z} is not a sum of 1..{groups} terms exp(-h/T) in [{smallest:.3g}, 1]: wrong step?"
+            )
+    if h is None or z is None:
+        return 1.0 / groups
+    return min(1.0, math.exp(-h / temperature) / z)
+
+
+def _check_history(h: float) -> None:
+    if not 0.0 <= h <= 1.0:
+        raise ValueError(f"history must lie in [0, 1], got {h}")

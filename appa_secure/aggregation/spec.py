@@ -1,0 +1,126 @@
+"""The options of an aggregation rule, and what one aggregated step yields."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+Kind = Literal["average", "min", "max", "appa"]
+Variant = Literal["weighted", "paper"]
+FairnessForm = Literal["cov2", "cov"]
+FairnessScope = Literal["question", "batch"]
+Branch = Literal["mean", "lse", "min", "max"]
+
+MAX_A = 16.0
+MAX_SHARPNESS = 32.0
+MIN_TEMPERATURE = 0.05
+
+
+@dataclass(frozen=True)
+class AggregationSpec:
+    """One aggregation rule. Values are checked here, once.
+
+    Attributes:
+        kind: `average`; `min` and `max` over groups; `appa`, the adaptive rule of arXiv 2604.04261.
+        variant: of `appa`, above `tau` both give the mean; below it, with history weights α (sum 1),
+            `weighted`: R = (1/a)·log Σ_g α_g·exp(a·r_g), which stays within [min r, max r];
+            `paper`: R = log((1/G)·Σ_g exp(α_g·r_g)), the published formula, which is about Σ α_g·r_g / G and
+            so drops by a factor of about G when the fairness index crosses `tau`.
+        tau: fairness index from which on `appa` takes the plain mean, in [0, 1] (0.99; 0.9 in the
+            predecessor).
+        temperature: T of α_g ∝ exp(-h_g / T). At least 0.05: below, exp(-h/T) is lost in fixed point.
+        decay: λ of the history h ← λ·h + (1-λ)·mean reward, in [0, 1).
+        a: exponent of `weighted`, -16..16; 0 is the limit Σ α_g·r_g.
+        fi: fairness index from the coefficient of variation, `cov2`: 1/(1+CoV²) (Jain), or `cov`: 1/(1+CoV).
+        fi_scope: `question`: index of each rollout's G rewards, averaged over rollouts; `batch`: one index,
+            of the groups' mean rewards over the batch, which needs one sum instead of B.
+        sharpness: c of the smooth blind `min` and `max`, in (0, 32]; their bias is at most log(G)/c.
+        alpha_tolerance: `paper` cannot be renormalised after a dropout: where |Σα - 1| exceeds this, it takes
+            the mean branch.
+        h0: history before the first step, or None: the first step's mean reward becomes the first history.
+    """
+
+    kind: Kind = "appa"
+    variant: Variant = "weighted"
+    tau: float = 0.99
+    temperature: float = 0.1
+    decay: float = 0.8
+    a: float = 1.0
+    fi: FairnessForm = "cov2"
+    fi_scope: FairnessScope = "question"
+    sharpness: float = 32.0
+    alpha_tolerance: float = 1e-6
+    h0: float | None = None
+
+    def __post_init__(self) -> None:
+        choices = (("kind", Kind), ("variant", Variant), ("fi", FairnessForm), ("fi_scope", FairnessScope))
+        for name, allowed in choices:
+            value, known = getattr(self, name), get_args(allowed)
+            if value not in known:
+                raise ValueError(f"aggregation.{name}={value!r} is unknown; choose one of {', '.join(known)}")
+        self._check("tau", self.tau, 0.0 <= self.tau <= 1.0, "in [0, 1]")
+        self._check(
+            "temperature", self.temperature, self.temperature >= MIN_TEMPERATURE, f">= {MIN_TEMPERATURE}"
+        )
+        self._check("decay", self.decay, 0.0 <= self.decay < 1.0, "in [0, 1)")
+        self._check("a", self.a, abs(self.a) <= MAX_A, f"in [-{MAX_A}, {MAX_A}]")
+        self._check(
+            "sharpness", self.sharpness, 0.0 < self.sharpness <= MAX_SHARPNESS, f"in (0, {MAX_SHARPNESS}]"
+        )
+        self._check("alpha_tolerance", self.alpha_tolerance, 0.0 < self.alpha_tolerance < 1.0, "in (0, 1)")
+        if self.h0 is not None:
+            self._check("h0", self.h0, 0.0 <= self.h0 <= 1.0, "in [0, 1], or null")
+
+    @staticmethod
+    def _check(name: str, value: float, holds: bool, rule: str) -> None:
+        if not (math.isfinite(value) and holds):
+            raise ValueError(f"aggregation.{name} must be {rule}, got {value}")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the coordinator knows after one step. Fields a rule does not have are None.
+
+    Attributes:
+        rewards: (B,) reward of each rollout, in [0, 1].
+        fi: fairness index of the step, in (0, 1].
+        branch: how `rewards` came about: `mean`, `lse` (log-sum-exp, also the smooth blind min and max), or
+            the exact `min`, `max` of the clear form.
+        z_next: Σ_g exp(-h_g/T) after the step, the next step's normaliser (`appa`).
+        h_mean: mean history over the groups that took part.
+        h_jain: Jain's index of the histories, in (0, 1].
+        soft_min: -T·log(z_next/G), a smooth minimum of the histories: min h ≤ soft_min ≤ mean h (`appa`).
+        alpha_sum: Σα over the groups that took part; 1 up to rounding unless the roster changed (`appa`).
+    """
+
+    rewards: Floats
+    fi: float
+    branch: Branch
+    z_next: float | None
+    h_mean: float
+    h_jain: float
+    soft_min: float | None
+    alpha_sum: float | None
+
+
+def jain_to_index(jain: Floats, fi: FairnessForm) -> Floats:
+    """Fairness index from Jain's index J = 1/(1 + CoV²), any shape."""
+    if fi == "cov2":
+        return jain
+    return np.asarray(1.0 / (1.0 + np.sqrt(np.maximum(1.0 / jain - 1.0, 0.0))), dtype=np.float64)
+
+
+def check_rewards(name: str, rewards: Floats) -> None:
+    """Refuse rewards that are not finite numbers in [0, 1], naming the first."""
+    bad = ~((rewards >= 0.0) & (rewards <= 1.0))  # True for NaN as well
+    if bad.any():
+        at = tuple(int(axis) for axis in np.argwhere(bad)[0])
+        raise ValueError(
+            f"{name}{list(at)} is {rewards[at]}; rewards must lie in [0, 1] (malformed answers are left out)"
+        )
