@@ -37,8 +37,8 @@ _log = logging.getLogger(__name__)
 def load(cfg: Any, seed: int) -> Survey:
     """Read or generate the survey that ``cfg`` (the ``data`` section of the configuration) names.
 
-    ``seed`` drives the synthetic population; files are read as they are. Dropped questions and answers are counted
-    in ``Survey.dropped`` and logged. DataError when nothing usable is left.
+    ``seed`` drives the synthetic population; files are read as they are. Dropped questions and answers
+    are counted in ``Survey.dropped`` and logged. DataError when nothing usable is left.
     """
     survey = _load(cfg, seed)
     for reason, count in survey.dropped.items():
@@ -54,7 +54,9 @@ def _load(cfg: Any, seed: int) -> Survey:
 
         return synthetic.load(cfg, seed)
     if cfg.path is None:
-        raise DataError(f"data.path is needed for data={cfg.kind}: give a local path, or a hub id where one exists")
+        raise DataError(
+            f"data.path is needed for data={cfg.kind}: give a local path, or a hub id where one exists"
+        )
     if cfg.kind == "opinionqa":
         from appa_secure.data import opinionqa
 

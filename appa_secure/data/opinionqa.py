@@ -1,12 +1,13 @@
 """OpinionQA "disagreement 500": Pew American Trends Panel answers by party, race and sex.
 
-A directory (or hub dataset repository) with ``POLPARTY_data.json``, ``RACE_data.json``, ``SEX_data.json`` and
-``info.csv``, as released with the "Benchmarking Distributional Alignment" study. Counts are unweighted respondents.
+A directory (or hub dataset repository) with ``POLPARTY_data.json``, ``RACE_data.json``,
+``SEX_data.json`` and ``info.csv``, as released with the "Benchmarking Distributional Alignment" study.
+Counts are unweighted respondents.
 
-The order of options comes from ``option_ordinal``, matched to options by **name** through ``option_mapping``: the
-JSON lists some options in another order. "About right" options lie between their neighbours (1.5). A question is
-nominal when its ordinals are constant, do not match the options in number, or when the two files list different
-options (a comma inside an option has split it in two).
+The order of options comes from ``option_ordinal``, matched to options by **name** through
+``option_mapping``: the JSON lists some options in another order. "About right" options lie between
+their neighbours (1.5). A question is nominal when its ordinals are constant, do not match the options
+in number, or when the two files list different options (a comma inside an option has split it in two).
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ class _Info:
 
 
 def load(cfg: OpinionQAConfig) -> Survey:
-    """Read the selected groups (default: the 8 of the dense benchmark) and the questions all of them answered.
+    """Read the selected groups (default: the dense benchmark's 8) and the questions all of them answered.
 
-    A question is kept when every selected group gave at least ``max(1, min_responses)`` answers to the options that
-    its file lists, and, with ``ordinal_only``, when its options have usable ordinals.
+    A question is kept when every selected group gave at least ``max(1, min_responses)`` answers to the
+    options that its file lists, and, with ``ordinal_only``, when its options have usable ordinals.
     """
     root = _directory(cfg.path)
     tables = {a: _read_json(root / f"{a}_data.json") for a in ATTRIBUTES}
@@ -116,7 +117,7 @@ def _question(
 
 
 def _select(tables: dict[str, Any], groups: Sequence[str] | None) -> dict[str, tuple[str, str]]:
-    """Name of each selected group -> (attribute file, key). "RACE:Other" tells two groups of one name apart."""
+    """Name of each selected group -> (attribute file, key); "RACE:Other" names the file explicitly."""
     homes: dict[str, list[str]] = {}
     for attribute, table in tables.items():
         names = dict.fromkeys(key for entry in table.values() for key in entry if key not in _META)
@@ -154,7 +155,7 @@ def _read_info(path: Path) -> dict[str, _Info]:
                 raise DataError(f"{where}: option_mapping must be a dictionary and option_ordinal a list")
             names = [str(value).strip() for value in mapping.values()]
             options = tuple(dict.fromkeys(name for name in names if not is_nonresponse(name)))
-            # One key may stand on several rows (one per wording); their options agree and the first row counts.
+            # A key may stand on several rows (one per wording); their options agree, the first row counts.
             result.setdefault(
                 row["key"], _Info(options, _usable(ordinals, options), sum(map(is_nonresponse, names)))
             )
@@ -198,12 +199,14 @@ def _directory(path: str) -> Path:
         root = _download(path)
     missing = [name for name in _FILES if not (root / name).is_file()]
     if missing:
-        raise DataError(f"data.path={path!r}: {', '.join(missing)} not found there; it must hold {', '.join(_FILES)}")
+        raise DataError(
+            f"data.path={path!r}: it lacks {', '.join(missing)}; all of {', '.join(_FILES)} are needed"
+        )
     return root
 
 
 def _download(hub_id: str) -> Path:
-    """The four files from a hub dataset repository. ``datasets`` itself would turn the nested JSON into one row."""
+    """The four files from a hub dataset repository (``datasets`` would turn the nested JSON into one row)."""
     from huggingface_hub import snapshot_download
 
     try:

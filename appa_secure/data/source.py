@@ -27,14 +27,14 @@ def is_nonresponse(option: str) -> bool:
 
 
 def local_path(path: str, kind: str) -> Path | None:
-    """The local file or directory, or None when ``path`` is a hub id (``owner/name`` that does not exist here)."""
+    """The local file or directory, or None when ``path`` is a hub id (owner/name, not existing here)."""
     local = Path(path).expanduser()
     if local.exists():
         return local
     if _HUB_ID.fullmatch(path):
         return None
     raise DataError(
-        f"data.path={path!r} does not exist (data={kind}): give an existing local path, or a hub id owner/name"
+        f"data.path={path!r} does not exist (data={kind}): give a local path or a hub id owner/name"
     )
 
 

@@ -1,7 +1,8 @@
 """The one internal form of survey data: questions, per-group counts, respondents where known.
 
-Everything in :class:`GroupData` is private to its group: counts and responses never leave an institution, and their
-``repr`` shows none of them, so that a stray log line or traceback cannot leak them. :class:`Question` is public.
+Everything in :class:`GroupData` is private to its group: counts and responses never leave an
+institution, and their ``repr`` shows none of them, so that a stray log line or traceback cannot leak
+them. :class:`Question` is public.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ MAX_OPTIONS = 10
 class Question:
     """A question and its K options, 2 <= K <= 10, ordered by ordinal where ordinals exist.
 
-    ``ordinals`` are strictly ascending positions of the options on the question's scale, in the units of its source
-    (an "about right" option may lie at 1.5); None marks a nominal question.
+    ``ordinals`` are strictly ascending positions of the options on the question's scale, in the units
+    of its source (an "about right" option may lie at 1.5); None marks a nominal question.
     """
 
     qid: str
@@ -41,7 +42,7 @@ class Question:
         object.__setattr__(self, "options", tuple(self.options))
         count = len(self.options)
         if not 2 <= count <= MAX_OPTIONS:
-            raise DataError(f"question {self.qid!r}: {count} options; between 2 and {MAX_OPTIONS} are supported")
+            raise DataError(f"question {self.qid!r}: {count} options; 2 to {MAX_OPTIONS} are supported")
         if any(not option.strip() for option in self.options):
             raise DataError(f"question {self.qid!r}: an option is empty")
         if len(set(self.options)) != count:
@@ -52,7 +53,7 @@ class Question:
         if len(values) != count:
             raise DataError(f"question {self.qid!r}: {len(values)} ordinals for {count} options")
         if not np.isfinite(values).all() or (np.diff(values) <= 0).any():
-            raise DataError(f"question {self.qid!r}: ordinals must be finite and strictly ascending, not {values}")
+            raise DataError(f"question {self.qid!r}: ordinals {values} must be finite and ascending")
         object.__setattr__(self, "ordinals", values)
 
 
@@ -60,8 +61,8 @@ class Question:
 class Responses:
     """One row per answer: respondent ids int64 (N,), question index int32 (N,), option index int16 (N,).
 
-    ``question`` indexes ``Survey.questions``. A respondent answers a question at most once, so that "one response"
-    and "one respondent" are well-defined units of privacy.
+    ``question`` indexes ``Survey.questions``. A respondent answers a question at most once, so that
+    "one response" and "one respondent" are well-defined units of privacy.
     """
 
     respondent: npt.NDArray[np.int64]
@@ -73,7 +74,7 @@ class Responses:
             given = np.asarray(getattr(self, name))
             array = given.astype(dtype)
             if array.ndim != 1 or (given != array).any():
-                raise DataError(f"responses.{name} must be a vector of whole numbers fitting {np.dtype(dtype)}")
+                raise DataError(f"responses.{name} must be a vector of {np.dtype(dtype)} numbers")
             array.setflags(write=False)
             object.__setattr__(self, name, array)
         if not len(self.respondent) == len(self.question) == len(self.option):
@@ -84,7 +85,7 @@ class Responses:
         same = (np.diff(self.respondent[order]) == 0) & (np.diff(self.question[order]) == 0)
         if same.any():
             index = int(self.question[order][int(np.argmax(same))])
-            raise DataError(f"responses: a respondent answers question number {index} twice; keep one answer each")
+            raise DataError(f"responses: a respondent answers question number {index} twice; keep one")
 
     def __len__(self) -> int:
         return len(self.respondent)
@@ -98,8 +99,9 @@ class GroupData:
     """What one group's institution holds. PRIVATE except for the name and the question ids.
 
     ``counts[qid]`` is float64 (K,): respondents per option, finite and non-negative, in the order of
-    ``Survey.questions``. ``nominal`` marks counts that are a published distribution times an assumed number of
-    respondents. ``responses`` holds the same answers with respondent ids where these are known.
+    ``Survey.questions``. ``nominal`` marks counts that are a published distribution times an assumed
+    number of respondents. ``responses`` holds the same answers with respondent ids where these are
+    known.
     """
 
     name: str
@@ -124,15 +126,16 @@ class GroupData:
             clean[qid] = array
         object.__setattr__(self, "counts", clean)
 
+    def has(self, qid: str) -> bool:
+        """True when the group has answers to the question; all-zero counts: it was not asked there."""
+        return qid in self.counts and bool(self.counts[qid].sum() > 0)
+
     def distribution(self, qid: str) -> FloatArray:
         """Normalised counts, float64 (K,), sum 1. DataError when the group has no answers to the question."""
-        if qid not in self.counts:
-            raise DataError(f"question {qid!r}: group {self.name!r} has no data for it")
-        counts = self.counts[qid]
-        total = counts.sum()
-        if total <= 0:
+        if not self.has(qid):
             raise DataError(f"question {qid!r}: group {self.name!r} has no answers to it")
-        result: FloatArray = counts / total
+        counts = self.counts[qid]
+        result: FloatArray = counts / counts.sum()
         return result
 
     def __repr__(self) -> str:
@@ -145,10 +148,10 @@ class GroupData:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Survey:
-    """Questions and the groups that answered them; every group has counts for every question, in the same order.
+    """Questions and the groups that answered them, with counts for every question, in the same order.
 
-    ``dropped`` counts what a loader left out, by reason. Construction checks that counts fit the options and, where
-    respondents are known, that counts are exactly the histogram of the responses.
+    ``dropped`` counts what a loader left out, by reason. Construction checks that counts fit the
+    options and, where respondents are known, that counts are exactly the histogram of the responses.
     """
 
     name: str
@@ -174,7 +177,7 @@ class Survey:
             odd = next((qid for qid in qids if qid not in group.counts), None)
             odd = odd or next((qid for qid in group.counts if qid not in set(qids)), None)
             what = f"question {odd!r} is missing or unknown" if odd else "questions are in another order"
-            raise DataError(f"group {group.name!r}: {what}; counts must list the survey's questions in its order")
+            raise DataError(f"group {group.name!r}: {what}; list the survey's questions in its order")
         for question in self.questions:
             have, want = len(group.counts[question.qid]), len(question.options)
             if have != want:
@@ -187,7 +190,7 @@ class Survey:
         for qid, counts in expected.items():
             if not np.array_equal(counts, group.counts[qid]):
                 raise DataError(
-                    f"question {qid!r}, group {group.name!r}: counts differ from the histogram of the responses"
+                    f"question {qid!r}, group {group.name!r}: counts are not the histogram of responses"
                 )
 
     def question(self, qid: str) -> Question:
@@ -215,7 +218,9 @@ def counts_of(questions: Sequence[Question], responses: Responses, group: str) -
     """Histogram of responses per question, float64 (K,) each. ``group`` is used in error messages only."""
     sizes = np.array([len(question.options) for question in questions], dtype=np.int64)
     if len(responses) and responses.question.max() >= len(questions):
-        raise DataError(f"group {group!r}: a response names question number {responses.question.max()} of {len(questions)}")
+        raise DataError(
+            f"group {group!r}: a response names a question beyond the {len(questions)} of the survey"
+        )
     too_high = responses.option >= sizes[responses.question]
     if too_high.any():
         row = int(np.argmax(too_high))
@@ -228,14 +233,15 @@ def counts_of(questions: Sequence[Question], responses: Responses, group: str) -
 
 
 def split_questions(questions: Sequence[Question], context: int, heldout_fraction: float, seed: int) -> Split:
-    """Seeded, disjoint split. ``heldout_fraction`` in [0, 1) is taken of the questions left after the context.
+    """Seeded, disjoint split; ``heldout_fraction`` in [0, 1) is of the questions left after the context.
 
-    The choice depends on the set of question ids and the seed only, not on their order, so that parties whose files
-    are sorted differently agree on it. DataError when no training question would be left.
+    The choice depends on the set of question ids and the seed only, not on their order, so that parties
+    whose files are sorted differently agree on it. DataError when no training question would be left.
     """
     if context < 0 or not 0.0 <= heldout_fraction < 1.0:
         raise DataError(
-            f"cannot split: data.context={context} must be >= 0 and data.heldout_fraction={heldout_fraction} in [0, 1)"
+            f"cannot split: data.context={context} must be >= 0 and "
+            f"data.heldout_fraction={heldout_fraction} in [0, 1)"
         )
     qids = sorted(question.qid for question in questions)
     _unique(qids, "question id")
@@ -245,8 +251,8 @@ def split_questions(questions: Sequence[Question], context: int, heldout_fractio
         heldout = max(heldout, 1)
     if rest - heldout < 1:
         raise DataError(
-            f"cannot split {len(qids)} questions into {context} context, {heldout} held-out and at least 1 training "
-            "question: lower data.context or data.heldout_fraction, or load more questions"
+            f"cannot split {len(qids)} questions into {context} context, {heldout} held-out and at least 1 "
+            "training question: lower data.context or data.heldout_fraction, or load more questions"
         )
     order = np.random.default_rng([seed, 0x5B117]).permutation(len(qids))
     chosen = [qids[i] for i in order]
@@ -258,9 +264,10 @@ def split_questions(questions: Sequence[Question], context: int, heldout_fractio
 def split_members(group: GroupData, members: int, seed: int) -> tuple[GroupData, ...]:
     """Deal a group's answers to several institutions; every response goes to exactly one of them.
 
-    Where respondents are known, whole respondents are dealt, as evenly as possible. Otherwise each question's counts
-    are split by a multivariate hypergeometric draw into near-equal whole parts; the fractional remainder of a nominal
-    count goes to one member. Counts of the members add up to the group's. Members are named ``"name #1"`` and so on.
+    Where respondents are known, whole respondents are dealt, as evenly as possible. Otherwise each
+    question's counts are split by a multivariate hypergeometric draw into near-equal whole parts; the
+    fractional remainder of a nominal count goes to one member. Counts of the members add up to the
+    group's. Members are named ``"name #1"`` and so on.
     """
     if members < 1:
         raise DataError(f"group {group.name!r}: members must be at least 1, not {members}")
@@ -283,7 +290,7 @@ def split_members(group: GroupData, members: int, seed: int) -> tuple[GroupData,
             parts[i][qid] = share + (counts - whole if i == lucky else 0.0)
     for name, part in zip(names, parts, strict=True):
         if sum(float(counts.sum()) for counts in part.values()) <= 0:
-            raise DataError(f"group {group.name!r}: too few answers for {members} members; {name!r} would have none")
+            raise DataError(f"group {group.name!r}: too few answers for {members} members, {name!r} has none")
     return tuple(GroupData(name, part, group.nominal) for name, part in zip(names, parts, strict=True))
 
 
@@ -292,7 +299,7 @@ def _split_respondents(
 ) -> tuple[GroupData, ...]:
     people, person = np.unique(responses.respondent, return_inverse=True)
     if len(people) < len(names):
-        raise DataError(f"group {group.name!r}: fewer respondents than the {len(names)} members to deal them to")
+        raise DataError(f"group {group.name!r}: fewer respondents than members ({len(names)})")
     owner_of_person = rng.permutation(np.arange(len(people)) % len(names))
     owner = owner_of_person[person]  # (N,)
     qids = list(group.counts)

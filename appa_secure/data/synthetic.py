@@ -1,14 +1,15 @@
 """A seeded generator of a survey population, so that the whole system runs without anyone's data.
 
-Model, one respondent i of group g, one question q made of a topic t and a template (Samejima's graded response model
-with a probit link, Psychometrika Monograph 17, 1969):
+Model, one respondent i of group g, one question q made of a topic t and a template (Samejima's graded
+response model with a probit link, Psychometrika Monograph 17, 1969):
 
     x_i = theta_g + v_i,                  v_i ~ N(0, SPREAD^2 I)            position on the value axes, (A,)
     y   = a_t . x_i + b_t + c_template + e,   e ~ N(0, 1)                   latent support
     answer k  iff  tau_k < y <= tau_(k+1)                                   tau fixed by the number of options
 
-The loading a_t is what the topic's text says (``topics.TOPICS``), so an embedding of the text can generalise to
-questions never seen. ``conflict`` scales theta; ``minority`` moves the last group away from the mean of the others.
+The loading a_t is what the topic's text says (``topics.TOPICS``), so an embedding of the text can
+generalise to questions never seen. ``conflict`` scales theta; ``minority`` moves the last group away
+from the mean of the others.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def available_questions() -> int:
 
 
 def load(cfg: SyntheticConfig, seed: int) -> Survey:
-    """Generate the survey. The same fields and seed give the same bytes. DataError when the fields cannot fit."""
+    """Generate the survey. Same fields and seed, same bytes. DataError when the fields cannot fit."""
     population = make_population(cfg, seed)
     _check_sampling(cfg)
     groups = []
@@ -93,15 +94,15 @@ def load(cfg: SyntheticConfig, seed: int) -> Survey:
         for qid, values in counts.items():
             if values.sum() < cfg.min_responses:
                 raise DataError(
-                    f"question {qid!r}, group {name!r}: fewer than data.min_responses={cfg.min_responses} answers; "
-                    "raise data.respondents or data.answers_per_respondent, or lower data.questions"
+                    f"question {qid!r}, group {name!r}: fewer than data.min_responses={cfg.min_responses} "
+                    "answers; raise data.respondents or data.answers_per_respondent, or lower data.questions"
                 )
         groups.append(GroupData(name, counts, responses=responses))
     return Survey("synthetic", population.questions, tuple(groups))
 
 
 def make_population(cfg: SyntheticConfig, seed: int) -> Population:
-    """Draw topics, templates and group positions. Topics keep their loadings whichever questions are chosen."""
+    """Draw topics, templates and positions. Topics keep their loadings whichever questions are chosen."""
     names = _names(cfg)
     topic_rng, pick_rng = (np.random.default_rng([seed, tag]) for tag in (0x701C, 0x91C4))
     bank: list[tuple[Question, FloatArray, float]] = []
@@ -114,7 +115,9 @@ def make_population(cfg: SyntheticConfig, seed: int) -> Population:
                 stem = f"{name}{'+' if sign > 0 else '-'}{number + 1}"
                 bank += [(_question(stem, topic, t), load_, offset + t.shift) for t in TEMPLATES]
     if not 1 <= cfg.questions <= len(bank):
-        raise DataError(f"data.questions={cfg.questions}: the synthetic bank makes between 1 and {len(bank)} questions")
+        raise DataError(
+            f"data.questions={cfg.questions}: the synthetic bank makes between 1 and {len(bank)} questions"
+        )
     chosen = [bank[i] for i in np.sort(pick_rng.permutation(len(bank))[: cfg.questions])]
     return Population(
         questions=tuple(question for question, _, _ in chosen),
@@ -129,10 +132,14 @@ def _names(cfg: SyntheticConfig) -> tuple[str, ...]:
     if cfg.groups is not None:
         unknown = [name for name in cfg.groups if name not in GROUPS]
         if unknown or not cfg.groups:
-            raise DataError(f"data.groups: unknown {unknown}; the synthetic population has {', '.join(GROUPS)}")
+            raise DataError(
+                f"data.groups: unknown {unknown}; the synthetic population has {', '.join(GROUPS)}"
+            )
         return tuple(cfg.groups)
     if not 1 <= cfg.group_count <= len(GROUPS):
-        raise DataError(f"data.group_count={cfg.group_count}: the synthetic population has 1 to {len(GROUPS)} groups")
+        raise DataError(
+            f"data.group_count={cfg.group_count}: the synthetic population has 1 to {len(GROUPS)} groups"
+        )
     return tuple(GROUPS)[: cfg.group_count]
 
 
@@ -186,7 +193,7 @@ def _answer(population: Population, group: int, cfg: SyntheticConfig, seed: int)
 
 
 def _assign(rng: np.random.Generator, people: int, each: int, total: int) -> npt.NDArray[np.int64]:
-    """Which questions each person is asked, (P, M), distinct within a person and nearly balanced over questions."""
+    """Which questions each person is asked, (P, M): distinct per person, nearly balanced over questions."""
     per_deal = total // each
     deals = -(-people // per_deal)
     rows = [rng.permutation(total)[: per_deal * each].reshape(per_deal, each) for _ in range(deals)]

@@ -1,7 +1,8 @@
 """The written bank of the synthetic survey: value axes, topics, question templates, groups. All public text.
 
-A topic is a policy with a direction on the value axes: support for it rises along ``+`` topics and falls along ``-``
-topics of its axis. A template turns a topic into an English question whose options are listed in order of support.
+A topic is a policy with a direction on the value axes: support for it rises along ``+`` topics and
+falls along ``-`` topics of its axis. A template turns a topic into an English question whose options
+are listed in order of support.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Template:
-    """``text`` has one slot, ``{topic}``. ``shift`` moves all answers along the latent scale (a leading wording)."""
+    """``text`` has one slot, ``{topic}``. ``shift`` moves all answers along the latent scale (a leading
+    wording).
+    """
 
     name: str
     text: str
@@ -151,7 +154,8 @@ TEMPLATES = (
     ),
 )
 
-#: Written profiles (economy, social, environment, security), roughly in [-1, 1], neighbours in the list contrasting.
+#: Written profiles (economy, social, environment, security), roughly in [-1, 1], neighbours in the list
+#: contrasting.
 GROUPS: dict[str, tuple[float, float, float, float]] = {
     "University Towns": (-0.6, -0.9, 0.8, -0.8),
     "Northern Farmland": (0.4, 0.8, -0.7, 0.5),
