@@ -61,7 +61,7 @@ class TaskConfig(Section):
         "wasserstein", "how an answer is compared with what a group prefers"
     )
     style: Literal["short", "instruct"] = _about(
-        "short", "prompt wording: short for tiny policies, instruct for real LMs"
+        "short", "prompts: short for tiny policies, instruct for real LMs"
     )
     format_penalty: float = _about(0.0, "reward of an answer that cannot be read", ge=-1, le=1)
 
@@ -158,7 +158,7 @@ class SecaggConfig(Section):
     threshold: float = _about(0.667, "share of the clients that must stay for a sum to open", gt=0.5, le=1)
     min_cohort: int = _about(5, "fewest clients that are ever summed", ge=3)
     release: Literal["auto", "abort", "recover"] = _about(
-        "auto", "after a dropout: discard the round or open the survivors' sum (auto: abort if blind)"
+        "auto", "after a dropout: discard the round, or open the survivors' sum"
     )
 
 
@@ -175,7 +175,7 @@ class AggregationConfig(Section):
         "cov2", "fairness index from the squared or plain coefficient of variation"
     )
     fi_scope: Literal["question", "batch"] = _about(
-        "question", "fairness index per rollout, or one for the batch (leaks less)"
+        "question", "fairness index per rollout, or one per batch (leaks less)"
     )
     sharpness: Positive = _about(32.0, "min, max in blind mode: exponent scale of the approximation")
 
@@ -209,9 +209,7 @@ class PPOConfig(Section):
 
 
 class EvaluationConfig(Section):
-    truth: bool = _about(
-        True, "measure against true distributions, stamped 'not private' (null: yes, except for data=table)"
-    )
+    truth: bool = _about(True, "measure against true distributions; stamped 'not private'")
     samples: Count = _about(4, "answers sampled per question when measuring")
     bootstrap: int = _about(1000, "resamples of the 95 % intervals", ge=100)
     every: int = _about(1, "steps between per-group measurements of the rollouts; 0 for none", ge=0)
@@ -221,9 +219,7 @@ class Config(Section):
     """One run. Immutable; equal configurations give equal results on the same machine."""
 
     seed: int = _about(1, "seed of everything random except keys, masks and secure noise", ge=0, lt=2**31)
-    name: Text | None = _about(
-        None, "name of the run directory; null makes one from experiment, seed and time"
-    )
+    name: Text | None = _about(None, "name of the run directory; null: experiment, seed and time")
     output_root: Text = _about("runs", "folder of the run directories")
     experiment: Text = _about("demo", "the experiment these choices started from")
     task: TaskConfig = Field(default_factory=TaskConfig)

@@ -1,7 +1,7 @@
 """What only a combination of fields shows: what cannot run, cannot be private, or needs a remark.
 
-Every rule works on the configuration alone; none opens the data. A rule that needs the data (how many groups a
-file holds, whether its options have an order) is checked again where the data are loaded.
+Every rule works on the configuration alone; none opens the data. A rule that needs the data (how many groups
+a file holds, whether its options have an order) is checked again where the data are loaded.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def notes(config: Config) -> tuple[str, ...]:
         found.append("evaluation.truth=true: measured against true distributions; stamped 'not private'")
     if c.secagg.mode == "blind" and c.secagg.release == "recover":
         found.append(
-            "secagg.release=recover with secagg.mode=blind: a coordinator that sees, or fakes, one dropout can "
+            "secagg.release=recover with secagg.mode=blind: a coordinator that sees or fakes a dropout can "
             "subtract two sums and read that group's rewards"
         )
     if c.aggregation.kind == "appa" and c.aggregation.variant == "paper" and _release(c) == "recover":
@@ -136,8 +136,8 @@ def _data(c: Config) -> Iterator[Problem]:
         if left < 1:
             yield Problem(
                 "data.context", data.context,
-                f"with data.heldout_fraction={data.heldout_fraction} leaves none of {data.questions} questions "
-                "to train on",
+                f"with data.heldout_fraction={data.heldout_fraction} leaves none of {data.questions} "
+                "questions to train on",
                 "fewer context questions, or data.questions=" + str(data.questions - left + 20),
             )  # fmt: skip
         if data.answers_per_respondent > data.questions:
@@ -186,7 +186,7 @@ def _privacy(c: Config) -> Iterator[Problem]:
         )  # fmt: skip
     if privacy.unit == "response" and privacy.answers_per_unit != 1:
         yield Problem(
-            "privacy.answers_per_unit", privacy.answers_per_unit, "privacy.unit=response counts single answers",
+            "privacy.answers_per_unit", privacy.answers_per_unit, "privacy.unit=response is one answer",
             "privacy.answers_per_unit=1, or privacy.unit=respondent",
         )  # fmt: skip
     if privacy.context_noise == 0:

@@ -1,0 +1,253 @@
+"""The command line: `appa-secure run | sweep | report | audit verify | fields`.
+
+Standard output carries paths only, so that commands can be chained; tables, progress and errors go to
+standard error. Expected failures end with one readable message: exit code 2 for a configuration that cannot
+run, 1 for the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from appa_secure import __version__, config_checks, console, records
+from appa_secure.config import GROUPS, compose, fields, load, option_summary, options
+from appa_secure.errors import AppaError, ConfigError
+
+app = typer.Typer(
+    name="appa-secure",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Align a language model with groups that disagree, held by institutions that never show their "
+    "preferences: not to each other, and not to the aggregator.",
+    epilog="Start with [bold]appa-secure run[/bold]: eight synthetic groups, differential privacy and secure "
+    "aggregation on, a few minutes on two cores. Then [bold]appa-secure run --help[/bold].",
+)
+audit = typer.Typer(no_args_is_help=True, help="Checks for auditors, on what a run left behind.")
+app.add_typer(audit, name="audit")
+
+_MAIN_FIELDS = (
+    "seed", "name", "output_root", "task.reward", "data.path", "data.groups", "data.context", "privacy.unit",
+    "privacy.epsilon", "privacy.delta", "secagg.min_cohort", "secagg.release", "aggregation.variant",
+    "aggregation.temperature", "federation.members_per_group", "policy.path", "policy.lora", "ppo.steps",
+    "ppo.prompts_per_step", "ppo.generations", "ppo.kl_coef", "evaluation.truth",
+)  # fmt: skip
+
+
+def _groups_help() -> str:
+    lines = (f"  [bold]{group:<12}[/bold]{' '.join(options(group))}" for group in GROUPS)
+    return "\b\n[bold]Groups and their options[/bold] (what they are: appa-secure fields)\n" + "\n".join(
+        lines
+    )
+
+
+def _fields_help() -> str:
+    meaning = {name: text for name, _, text in fields()}
+    lines = []
+    for name in _MAIN_FIELDS:
+        lines.append(f"  [bold]{name}[/bold]")
+        lines.append(f"      {meaning[name]}")
+    return "\b\n[bold]Main fields[/bold] (all of them: appa-secure fields)\n" + "\n".join(lines)
+
+
+_RUN_HELP = f"""Run the whole path once: predictor, secure rewards, PPO, report.
+
+Write what differs from the experiment as [bold]group=option[/bold] or [bold]section.field=value[/bold]. \
+Nothing starts before every value and combination has been checked. The last line of standard output is the \
+run directory.
+
+\b
+[bold]Examples[/bold]
+  appa-secure run
+  appa-secure run experiment=smoke seed=2
+  appa-secure run data=opinionqa data.path=PATH aggregation=appa seed=1
+  appa-secure run experiment=opinionqa_dense data.path=PATH
+  appa-secure run privacy=off secagg=clear
+  appa-secure run --resume runs/demo-1
+
+{_groups_help()}
+
+{_fields_help()}
+"""
+
+_SWEEP_HELP = """Run every combination of the values given for any fields, and compare.
+
+Several values are written with commas, or as range(1,4). All combinations are checked before the first \
+starts. Repeat the command to go on after an interruption; add values to add runs: finished runs are not \
+repeated. Standard output lists the run directories.
+
+\b
+[bold]Examples[/bold]
+  appa-secure sweep experiment=smoke aggregation=appa,average seed=1,2,3
+  appa-secure sweep privacy.epsilon=1,2,4,8 name=epsilon
+"""
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[OVERRIDE]...", help="group=option or section.field=value", show_default=False),
+]
+
+
+@app.command(help=_RUN_HELP)
+def run(
+    overrides: Overrides = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIR", help="Go on with an interrupted run, with the options it began with."
+        ),
+    ] = None,
+) -> None:
+    if resume is None:
+        config = compose(overrides or [])
+    elif overrides:
+        raise ConfigError(
+            f"--resume {resume}: a run goes on with the options it began with. "
+            f"Fix: leave out {' '.join(overrides)}"
+        )
+    else:
+        config = load(_existing(resume, records.CONFIG))
+    console.people.print(console.choices(config))
+    from appa_secure import launch
+
+    directory = launch.run(config, resume)
+    _show_outcome(directory)
+    typer.echo(directory)
+
+
+@app.command(help=_SWEEP_HELP)
+def sweep(overrides: Overrides = None) -> None:
+    from appa_secure import sweep as sweeping
+
+    members = sweeping.plan(overrides or [])
+    console.people.print(
+        f"{len(members)} runs in {members[0].directory.parent}", markup=False, highlight=False
+    )
+    succeeded = [
+        sweeping.execute(member, lambda line: console.people.print(line, markup=False, highlight=False))
+        for member in members
+    ]
+    console.people.print(console.comparison([(member.varied, member.summary()) for member in members]))
+    for member in members:
+        typer.echo(member.directory)
+    if not all(succeeded):
+        raise AppaError(
+            f"{succeeded.count(False)} of {len(members)} runs did not finish; repeat the command to go on"
+        )
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run directories.")],
+) -> None:
+    """Write report.html again for each run, and compare several runs in one table.
+
+    Standard output lists the reports.
+    """
+    from appa_secure import report as reporting
+
+    summaries = [json.loads(_existing(each, records.SUMMARY).read_text("utf-8")) for each in directories]
+    reports = [reporting.write(each) for each in directories]
+    if len(directories) > 1:
+        rows = [({"run": each.name}, summary) for each, summary in zip(directories, summaries, strict=True)]
+        console.people.print(console.comparison(rows))
+    elif (table := console.outcome(summaries[0])) is not None:
+        console.people.print(table)
+    for path in reports:
+        typer.echo(path)
+
+
+@audit.command("verify")
+def audit_verify(
+    directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")],
+    head: Annotated[
+        str | None,
+        typer.Option(metavar="HASH", help="Last hash of the transcript, as another party noted it."),
+    ] = None,
+) -> None:
+    """Check that the transcript's hash chain and the privacy ledger are whole.
+
+    A rewritten transcript shows only against a hash kept elsewhere: pass it as --head.
+    """
+    transcript, ledger = (_existing(directory, name) for name in (records.TRANSCRIPT, records.LEDGER))
+    rows, found = records.verify(transcript, head)
+    events = records.read_journal(ledger)
+    console.people.print(
+        f"transcript: {rows} rows, unbroken, ends with {found}", highlight=False, soft_wrap=True
+    )
+    console.people.print(f"ledger: {len(events)} events, every checksum right", highlight=False)
+
+
+@app.command("fields")
+def list_fields(
+    section: Annotated[str | None, typer.Argument(metavar="[SECTION]", help="Such as data or ppo.")] = None,
+) -> None:
+    """List what can be set: every group's options and every field with its default and meaning."""
+    sections = list(dict.fromkeys(name.partition(".")[0] for name, _, _ in fields()))
+    if section is not None and section not in (*sections, *GROUPS):
+        raise ConfigError(f"{section}: no such section. Fix: one of {', '.join(sections)}")
+    for group in GROUPS if section is None else [section] if section in GROUPS else []:
+        for option in options(group):
+            typer.echo(f"{group}={option}\n    {option_summary(group, option)}")
+    for name, default, meaning in fields():
+        if section in (None, name.partition(".")[0]):
+            typer.echo(f"{name}={config_checks.as_yaml(default)}\n    {meaning}")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _existing(directory: Path, name: str) -> Path:
+    """A file of a run directory; ConfigError if it is not there."""
+    path = directory / name
+    if not path.is_file():
+        raise ConfigError(f"{directory} has no {name}. Fix: name a run directory that appa-secure run made")
+    return path
+
+
+def _show_outcome(directory: Path) -> None:
+    table = console.outcome(json.loads((directory / records.SUMMARY).read_text("utf-8")))
+    if table is not None:
+        console.people.print(table)
+    lines = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for title, name in (("report", records.REPORT), ("privacy", records.STATEMENT_MD)):
+        if (directory / name).exists():
+            lines.add_row(Text(title, style="bold"), Text(str(directory / name), overflow="fold"))
+    console.people.print(lines)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app(prog_name="appa-secure")
+    except ConfigError as error:
+        typer.echo(f"appa-secure: cannot start\n{error}", err=True)
+        sys.exit(2)
+    except AppaError as error:
+        typer.echo(f"appa-secure: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Tables the commands print: what a run is about to do, what came out of it, several runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from appa_secure import config_checks
+from appa_secure.config import Config
+
+# Standard output carries paths only, so that commands can be chained; everything for people goes here.
+people = Console(stderr=True)
+
+
+def choices(config: Config) -> Table:
+    """The choices of a run that decide what it computes and what it protects."""
+    c = config
+    names = f"{c.data.known_groups} groups" if c.data.known_groups else "all groups"
+    data = c.data.kind if c.data.path is None else f"{c.data.kind} from {c.data.path}"
+    privacy = (
+        f"epsilon {c.privacy.epsilon:g}, delta {c.privacy.delta:g} per {c.privacy.unit} and client"
+        if c.privacy.enabled
+        else "off"
+    )
+    rows = (
+        ("experiment", f"{c.experiment}, seed {c.seed}"),
+        ("data", f"{data}, {names}"),
+        ("policy", c.policy.kind + (f" from {c.policy.path}" if c.policy.path else "")),
+        ("reward", f"{c.task.reward}, aggregation {_aggregation(c)}"),
+        ("secure aggregation", f"{c.secagg.mode}, federation {c.federation.kind}"),
+        ("privacy", privacy),
+        ("alignment", f"{c.ppo.steps} PPO steps of {c.ppo.prompts_per_step} x {c.ppo.generations} answers"),
+    )
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows:
+        table.add_row(Text(name, style="bold"), Text(value))
+    for note in config_checks.notes(c):
+        table.add_row(Text("note", style="bold yellow"), Text(note))
+    return table
+
+
+def outcome(summary: Mapping[str, Any]) -> Table | None:
+    """Alignment of each group before and after, or None where nothing was measured against the truth."""
+    splits = {name: parts for name, parts in (summary.get("alignment") or {}).items() if parts}
+    if not splits:
+        return None
+    table = Table(title="Alignment before → after (1 is perfect)", title_justify="left")
+    table.add_column("group")
+    titles = {"train": "training questions", "heldout": "held-out questions"}
+    for name in splits:
+        table.add_column(titles.get(name, name), justify="right")
+    groups = list(next(iter(splits.values()))["before"]["per_group"])
+    for group in groups:
+        cells = [_change(split, ("per_group", group)) for split in splits.values()]
+        table.add_row(Text(group), *cells, end_section=group == groups[-1])
+    for key, title in (("avg", "average"), ("min", "worst group"), ("fairness_index", "fairness index")):
+        table.add_row(title, *(_change(split, (key,)) for split in splits.values()), style="bold")
+    return table
+
+
+def comparison(rows: Sequence[tuple[Mapping[str, str], Mapping[str, Any] | None]]) -> Table:
+    """One line per run: what was varied, and the figures of its summary (None: the run did not finish)."""
+    table = Table(title="Alignment after training (avg / min), fairness index, privacy", title_justify="left")
+    varied = list(dict.fromkeys(key for keys, _ in rows for key in keys))
+    for key in varied:
+        table.add_column(key)
+    for title in ("train", "held-out", "FI", "epsilon", "seconds"):
+        table.add_column(title, justify="right")
+    for keys, summary in rows:
+        cells = _figures(summary) if summary is not None else ("did not finish", "–", "–", "–", "–")
+        table.add_row(*(Text(keys.get(key, "")) for key in varied), *cells)
+    return table
+
+
+def _figures(summary: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+    train, heldout = ("alignment", "train", "after"), ("alignment", "heldout", "after")
+    epsilon = _at(summary, ("privacy", "epsilon"))
+    worst = max(epsilon.values(), default=None) if isinstance(epsilon, Mapping) else epsilon
+    seconds = _at(summary, ("seconds",))
+    total = sum(seconds.values()) if isinstance(seconds, Mapping) else seconds
+    return (
+        f"{_number(_at(summary, (*train, 'avg')))} / {_number(_at(summary, (*train, 'min')))}",
+        f"{_number(_at(summary, (*heldout, 'avg')))} / {_number(_at(summary, (*heldout, 'min')))}",
+        _number(_at(summary, (*train, "fairness_index"))),
+        _number(worst, 2),
+        _number(total, 0),
+    )
+
+
+def _aggregation(c: Config) -> str:
+    return f"appa ({c.aggregation.variant})" if c.aggregation.kind == "appa" else c.aggregation.kind
+
+
+def _change(split: Mapping[str, Any], keys: tuple[str, ...]) -> str:
+    return f"{_number(_at(split, ('before', *keys)))} → {_number(_at(split, ('after', *keys)))}"
+
+
+def _at(tree: Any, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _number(value: Any, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, int | float) else "–"
