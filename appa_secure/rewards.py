@@ -189,7 +189,8 @@ def plural_alignment(answers: ArrayLike, targets: ArrayLike) -> Floats:
     real = np.ones(answers.shape, dtype=bool)
     _check_distributions("answers", answers, real)
     _check_distributions("targets", targets, real)
-    return 1.0 - np.sqrt(_divergence_bits(answers, targets) * np.log(2.0))
+    alignment: Floats = 1.0 - np.sqrt(_divergence_bits(answers, targets) * np.log(2.0))
+    return alignment
 
 
 def fairness_index(per_group: ArrayLike, fi: str = "cov2") -> float:
@@ -236,14 +237,16 @@ def _js(answers: Floats, targets: Floats, mask: Mask) -> Floats:
 
 def _cosine(answers: Floats, targets: Floats, mask: Mask) -> Floats:
     lengths = np.linalg.norm(answers, axis=1) * np.linalg.norm(targets, axis=1)
-    return (answers * targets).sum(axis=1) / lengths
+    reward: Floats = (answers * targets).sum(axis=1) / lengths
+    return reward
 
 
 def _kl(answers: Floats, targets: Floats, mask: Mask) -> Floats:
     floor = KL_SMOOTHING / mask.sum(axis=1, keepdims=True)
     p = np.where(mask, (1 - KL_SMOOTHING) * answers + floor, 1.0)
     q = np.where(mask, (1 - KL_SMOOTHING) * targets + floor, 1.0)
-    return np.exp(-np.sum(q * np.log(q / p), axis=1))
+    reward: Floats = np.exp(-np.sum(q * np.log(q / p), axis=1))
+    return reward
 
 
 def _borda(answers: Floats, targets: Floats, mask: Mask) -> Floats:
@@ -253,7 +256,8 @@ def _borda(answers: Floats, targets: Floats, mask: Mask) -> Floats:
     points = ((count - 1)[:, None] + ahead.sum(axis=2)) / (2.0 * (count - 1))[:, None]  # (B, K) in [0, 1]
     descending = -np.sort(-targets, axis=1)
     best = (descending * np.maximum((count - 1)[:, None] - np.arange(targets.shape[1]), 0)).sum(axis=1)
-    return (points * targets * mask).sum(axis=1) * (count - 1) / best  # best/(count-1) >= 1/2
+    reward: Floats = (points * targets * mask).sum(axis=1) * (count - 1) / best  # best/(count-1) >= 1/2
+    return reward
 
 
 def _kendall(answers: Floats, targets: Floats, mask: Mask) -> Floats:
@@ -262,16 +266,19 @@ def _kendall(answers: Floats, targets: Floats, mask: Mask) -> Floats:
     t = np.sign(targets[:, :, None] - targets[:, None, :]) * pairs
     scale = np.sqrt((a * a).sum(axis=(1, 2)) * (t * t).sum(axis=(1, 2)))
     tau = np.divide((a * t).sum(axis=(1, 2)), scale, out=np.zeros(len(scale)), where=scale > 0)
-    return 0.5 * (1.0 + tau)
+    reward: Floats = 0.5 * (1.0 + tau)
+    return reward
 
 
 def _binary(answers: Floats, targets: Floats, mask: Mask) -> Floats:
     first = np.where(mask, answers, -np.inf).argmax(axis=1)
-    return (targets[np.arange(len(targets)), first] == targets.max(axis=1)).astype(np.float64)
+    reward: Floats = (targets[np.arange(len(targets)), first] == targets.max(axis=1)).astype(np.float64)
+    return reward
 
 
 def _choice(answers: Floats, targets: Floats, mask: Mask) -> Floats:
-    return (answers * targets).sum(axis=1)
+    reward: Floats = (answers * targets).sum(axis=1)
+    return reward
 
 
 _KERNELS: dict[str, Callable[[Floats, Floats, Mask], Floats]] = {
@@ -290,7 +297,8 @@ def _divergence_bits(p: Floats, q: Floats) -> Floats:
     middle = 0.5 * (p + q)
     safe = np.where(middle > 0, middle, 1.0)
     terms = p * np.log2(np.where(p > 0, p / safe, 1.0)) + q * np.log2(np.where(q > 0, q / safe, 1.0))
-    return np.clip(0.5 * terms.sum(axis=1), 0.0, 1.0)
+    divergence: Floats = np.clip(0.5 * terms.sum(axis=1), 0.0, 1.0)
+    return divergence
 
 
 def _relative_gaps(positions: Floats, where: str) -> Floats:
@@ -300,7 +308,8 @@ def _relative_gaps(positions: Floats, where: str) -> Floats:
         raise ValueError(
             f"ordinals of {where} must be finite, ascending and not all equal: {positions.tolist()}"
         )
-    return gaps / gaps.sum()
+    relative: Floats = gaps / gaps.sum()
+    return relative
 
 
 def _check_finite(name: str, values: Floats, mask: Mask) -> None:
