@@ -1,0 +1,253 @@
+"""The policies a run can train: the built-in tiny model, stories260K, or any causal LM; and their warm-up.
+
+The warm-up teaches only the form of an answer, on public text with random valid answers, so that the policy starts
+out well-formed and undecided.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from appa_secure.errors import ConfigError
+from coordinator.llama2c import load_llama2c
+from coordinator.sampling import sample
+
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
+WEIGHTS = tuple(str(weight) for weight in range(11))  # the words of a distribution
+LETTERS = tuple("ABCDEFGHIJ")  # the words of a ranking or choice
+MAX_POSITIONS = 1024
+
+
+def build_policy(policy: Any, texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The untrained (``tiny``) or pretrained policy of the ``policy`` section of the configuration, in float32.
+
+    Args:
+        policy: has kind ("tiny", "stories260k" or "hf"); path for the last two; dim, layers, heads and vocab_size
+            for ``tiny``.
+        texts: public text (prompts, questions, options) from which ``tiny`` makes its vocabulary.
+        seed: of the initial weights of ``tiny``.
+
+    Raises:
+        ConfigError: an unknown kind, or a path without a model; names the field.
+    """
+    if policy.kind == "tiny":
+        tokenizer = build_tokenizer(texts, policy.vocab_size)
+        return build_tiny(tokenizer, policy.dim, policy.layers, policy.heads, seed), tokenizer
+    if policy.path is None:
+        raise ConfigError(f"policy.kind={policy.kind} needs policy.path: a local folder" + _or_hub(policy.kind))
+    if policy.kind == "stories260k":
+        return load_llama2c(Path(policy.path))
+    if policy.kind == "hf":
+        return load_pretrained(str(policy.path))
+    raise ConfigError(f"policy.kind={policy.kind!r} is unknown; choose tiny, stories260k or hf")
+
+
+def _or_hub(kind: str) -> str:
+    return " or a hub id" if kind == "hf" else " with stories260K.bin and tok512.bin"
+
+
+def build_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A lower-case word-level tokenizer of the most frequent words of ``texts``; ties go to the smaller word.
+
+    The weights 0..10, the letters A..J and the marks of the prompt are always whole tokens. Decoding joins words
+    with single spaces.
+    """
+    split, lower = pre_tokenizers.BertPreTokenizer(), normalizers.Lowercase()
+    counts = Counter(
+        word for text in texts for word, _ in split.pre_tokenize_str(lower.normalize_str(text))
+    )
+    always = [PAD, BOS, EOS, UNKNOWN, *WEIGHTS, *LETTERS, "=", "|"]
+    if vocab_size <= len(always):
+        raise ConfigError(f"policy.vocab_size={vocab_size} must exceed {len(always)}, the tokens every answer needs")
+    common = sorted((word for word in counts if word not in set(always)), key=lambda word: (-counts[word], word))
+    vocabulary = {word: i for i, word in enumerate([*always, *common][:vocab_size])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = lower, split
+    # Letters are matched before the text is made lower-case, so that the answer "A" is not the article "a".
+    tokenizer.add_tokens([AddedToken(letter, single_word=True, normalized=False) for letter in LETTERS])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        padding_side="left",
+        model_max_length=MAX_POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_tiny(
+    tokenizer: PreTrainedTokenizerBase, dim: int, layers: int, heads: int, seed: int
+) -> LlamaForCausalLM:
+    """A Llama-type model of random weights (``dim`` 128, 4 layers, 2000 words: 1.1 M parameters)."""
+    if dim % (2 * heads):
+        raise ConfigError(f"policy.dim={dim} must be a multiple of 2 * policy.heads = {2 * heads}")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=dim,
+        intermediate_size=3 * dim,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def load_pretrained(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Any causal LM by local folder or hub id, padded on the left; the end token pads where no other does."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        where = "a local folder" if Path(path).exists() else "neither a local folder nor a model the hub gave us"
+        raise ConfigError(f"policy.path={path!r} is {where} that holds no causal LM: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def lora_config(policy: Any) -> Any:
+    """The peft LoraConfig of ``policy.lora`` (r, alpha, dropout, target_modules), None without it."""
+    if policy.lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=policy.lora.r,
+        lora_alpha=policy.lora.alpha,
+        lora_dropout=policy.lora.dropout,
+        target_modules=policy.lora.target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What a warm-up did: steps taken, mean loss of the last 20 (nats per token), share of valid samples."""
+
+    steps: int
+    loss: float
+    valid: float | None
+
+
+def warm_up(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answer: Callable[[random.Random, int], str],
+    steps: int,
+    lr: float,
+    batch_size: int = 32,
+    seed: int = 0,
+    valid: Callable[[str, int], bool] | None = None,
+    target: float = 0.98,
+    max_new_tokens: int = 16,
+    progress: Callable[[int, float], None] | None = None,
+) -> WarmUp:
+    """Supervised training on random valid answers until samples have the right form, in place.
+
+    Args:
+        prompts: public prompts.
+        answer: draws a random valid answer text to prompt number i; the loss is on it and the end token alone.
+        steps: at most so many optimiser steps of ``batch_size`` prompts; 0 does nothing.
+        lr: peak learning rate of AdamW, 20 steps linear warm-up, then constant.
+        valid: whether a sampled text is an answer to prompt number i; asked about 64 samples every 25 steps. The
+            warm-up ends when ``target`` of them are valid. None uses up all steps.
+        max_new_tokens: length of these samples.
+        progress: called after each step with (step, loss).
+    """
+    draw = random.Random(f"warm-up {seed}")
+    device = model.device
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, weight_decay=0.0)
+    losses: list[float] = []
+    share: float | None = None
+    training = model.training
+    model.train()
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    for step in range(1, steps + 1):
+        rows = [draw.randrange(len(prompts)) for _ in range(batch_size)]
+        answers = [_answer_ids(tokenizer, prompts[i], encoded[i], answer(draw, i)) for i in rows]
+        loss = _answer_loss(model, tokenizer.pad_token_id, [encoded[i] for i in rows], answers, device)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, step / 20)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if progress is not None:
+            progress(step, losses[-1])
+        if valid is not None and (step % 25 == 0 or step == steps):
+            rows = [draw.randrange(len(prompts)) for _ in range(64)]
+            texts = sample(model, tokenizer, [prompts[i] for i in rows], 1, 1.0, max_new_tokens, seed=seed + step)
+            share = sum(valid(text[0], i) for text, i in zip(texts, rows, strict=True)) / len(rows)
+            if share >= target:
+                break
+    model.train(training)
+    return WarmUp(len(losses), sum(losses[-20:]) / max(1, len(losses[-20:])), share)
+
+
+def _answer_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: Sequence[int], answer: str
+) -> list[int]:
+    """Tokens of the answer as they follow the prompt after a space, and the end token."""
+    both = tokenizer(f"{prompt} {answer}")["input_ids"]
+    if both[: len(prompt_ids)] == list(prompt_ids):
+        ids = both[len(prompt_ids) :]
+    else:  # the tokenizer merges across the boundary
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]
+
+
+def _answer_loss(
+    model: PreTrainedModel,
+    pad_id: int,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    device: torch.device,
+) -> Tensor:
+    """Mean negative log-likelihood of the answer tokens; prompts padded on the left, answers on the right."""
+    width, length = max(map(len, prompts)), max(map(len, answers))
+    ids = torch.full((len(prompts), width + length), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        here = slice(width - len(prompt), width + len(answer))
+        ids[row, here], mask[row, here] = torch.tensor([*prompt, *answer]), 1
+    ids, mask = ids.to(device), mask.to(device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(
+        input_ids=ids[:, :-1],
+        attention_mask=mask[:, :-1],
+        position_ids=positions[:, :-1],
+        logits_to_keep=length,
+        use_cache=False,
+    ).logits  # (B, T, V)
+    labels = ids[:, width:].masked_fill(mask[:, width:] == 0, -100)
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
