@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from appa_secure import __version__, config_checks, console, records
 from appa_secure.config import GROUPS, compose, fields, load, option_summary, options
@@ -129,41 +127,47 @@ def sweep(overrides: Overrides = None) -> None:
     from appa_secure import sweep as sweeping
 
     members = sweeping.plan(overrides or [])
-    console.people.print(
-        f"{len(members)} runs in {members[0].directory.parent}", markup=False, highlight=False
-    )
-    succeeded = [
-        sweeping.execute(member, lambda line: console.people.print(line, markup=False, highlight=False))
-        for member in members
-    ]
+    _say(f"{len(members)} runs in {members[0].directory.parent}")
+    succeeded = [sweeping.execute(member, _say) for member in members]
     console.people.print(console.comparison([(member.varied, member.summary()) for member in members]))
+    finished = [member.directory for member in members if member.summary() is not None]
+    if len(finished) > 1:
+        from appa_secure import report as reporting
+
+        _say(f"comparison: {reporting.compare(finished)[1]}")
     for member in members:
         typer.echo(member.directory)
     if not all(succeeded):
-        raise AppaError(
-            f"{succeeded.count(False)} of {len(members)} runs did not finish; repeat the command to go on"
-        )
+        raise AppaError(f"{succeeded.count(False)} of {len(members)} runs did not finish; repeat the command")
 
 
 @app.command()
 def report(
     directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run directories.")],
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print a Markdown table instead, seeds taken together.")
+    ] = False,
 ) -> None:
-    """Write report.html again for each run, and compare several runs in one table.
+    """Write report.html again for each run; for several runs, compare them.
 
-    Standard output lists the reports.
+    Standard output lists the pages written.
     """
+    for directory in directories:
+        _existing(directory, records.CONFIG)
     from appa_secure import report as reporting
 
-    summaries = [json.loads(_existing(each, records.SUMMARY).read_text("utf-8")) for each in directories]
-    reports = [reporting.write(each) for each in directories]
+    if markdown:
+        typer.echo(reporting.results_markdown(directories), nl=False)
+        return
+    pages = [reporting.render(directory) for directory in directories]
     if len(directories) > 1:
-        rows = [({"run": each.name}, summary) for each, summary in zip(directories, summaries, strict=True)]
+        rows = [({"run": directory.name}, _summary(directory)) for directory in directories]
         console.people.print(console.comparison(rows))
-    elif (table := console.outcome(summaries[0])) is not None:
-        console.people.print(table)
-    for path in reports:
-        typer.echo(path)
+        pages.append(reporting.compare(directories)[1])
+    elif (summary := _summary(directories[0])) is not None:
+        console.people.print(reporting.terminal_table(summary))
+    for page in pages:
+        typer.echo(page)
 
 
 @audit.command("verify")
@@ -174,17 +178,28 @@ def audit_verify(
         typer.Option(metavar="HASH", help="Last hash of the transcript, as another party noted it."),
     ] = None,
 ) -> None:
-    """Check that the transcript's hash chain and the privacy ledger are whole.
+    """Check the transcript's hash chain and recompute the privacy ledger.
 
     A rewritten transcript shows only against a hash kept elsewhere: pass it as --head.
     """
-    transcript, ledger = (_existing(directory, name) for name in (records.TRANSCRIPT, records.LEDGER))
-    rows, found = records.verify(transcript, head)
-    events = records.read_journal(ledger)
-    console.people.print(
-        f"transcript: {rows} rows, unbroken, ends with {found}", highlight=False, soft_wrap=True
-    )
-    console.people.print(f"ledger: {len(events)} events, every checksum right", highlight=False)
+    config = load(_existing(directory, records.CONFIG))
+    rows, found = records.verify(_existing(directory, records.TRANSCRIPT), head)
+    _say(f"transcript: {rows} rows, unbroken, ends with {found}")
+    if not config.privacy.enabled:
+        _say("ledger: none; privacy=off, nothing here is private")
+        return
+    events = records.read_journal(_existing(directory, records.LEDGER))
+    from appa_secure.privacy.ledger import check_rows
+
+    spent = check_rows(events)
+    _say(f"ledger: {len(events)} events, each epsilon at least what its events cost")
+    for client, epsilon in spent.items():
+        over = "" if epsilon <= config.privacy.epsilon else f", over the budget of {config.privacy.epsilon:g}"
+        _say(f"  {client}: epsilon {epsilon:.3f}{over}")
+    if max(spent.values(), default=0.0) > config.privacy.epsilon:
+        raise AppaError(
+            f"{records.LEDGER}: a client spent more than privacy.epsilon={config.privacy.epsilon:g}"
+        )
 
 
 @app.command("fields")
@@ -226,15 +241,25 @@ def _existing(directory: Path, name: str) -> Path:
     return path
 
 
+def _summary(directory: Path) -> dict[str, Any] | None:
+    """The run's summary.json; None while it has not ended well."""
+    path = directory / records.SUMMARY
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
+def _say(line: str) -> None:
+    """One line for people, as it is: names from data are no markup, and long hashes are not wrapped."""
+    console.people.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _show_outcome(directory: Path) -> None:
-    table = console.outcome(json.loads((directory / records.SUMMARY).read_text("utf-8")))
-    if table is not None:
-        console.people.print(table)
-    lines = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    from appa_secure import report as reporting
+
+    if (summary := _summary(directory)) is not None:
+        console.people.print(reporting.terminal_table(summary))
     for title, name in (("report", records.REPORT), ("privacy", records.STATEMENT_MD)):
         if (directory / name).exists():
-            lines.add_row(Text(title, style="bold"), Text(str(directory / name), overflow="fold"))
-    console.people.print(lines)
+            _say(f"{title}: {directory / name}")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Tables the commands print: what a run is about to do, what came out of it, several runs side by side."""
+"""What the commands print for people: what a run is about to do, and several runs side by side."""
 
 from __future__ import annotations
 
@@ -43,25 +43,6 @@ def choices(config: Config) -> Table:
     return table
 
 
-def outcome(summary: Mapping[str, Any]) -> Table | None:
-    """Alignment of each group before and after, or None where nothing was measured against the truth."""
-    splits = {name: parts for name, parts in (summary.get("alignment") or {}).items() if parts}
-    if not splits:
-        return None
-    table = Table(title="Alignment before → after (1 is perfect)", title_justify="left")
-    table.add_column("group")
-    titles = {"train": "training questions", "heldout": "held-out questions"}
-    for name in splits:
-        table.add_column(titles.get(name, name), justify="right")
-    groups = list(next(iter(splits.values()))["before"]["per_group"])
-    for group in groups:
-        cells = [_change(split, ("per_group", group)) for split in splits.values()]
-        table.add_row(Text(group), *cells, end_section=group == groups[-1])
-    for key, title in (("avg", "average"), ("min", "worst group"), ("fairness_index", "fairness index")):
-        table.add_row(title, *(_change(split, (key,)) for split in splits.values()), style="bold")
-    return table
-
-
 def comparison(rows: Sequence[tuple[Mapping[str, str], Mapping[str, Any] | None]]) -> Table:
     """One line per run: what was varied, and the figures of its summary (None: the run did not finish)."""
     table = Table(title="Alignment after training (avg / min), fairness index, privacy", title_justify="left")
@@ -69,7 +50,7 @@ def comparison(rows: Sequence[tuple[Mapping[str, str], Mapping[str, Any] | None]
     for key in varied:
         table.add_column(key)
     for title in ("train", "held-out", "FI", "epsilon", "seconds"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for keys, summary in rows:
         cells = _figures(summary) if summary is not None else ("did not finish", "–", "–", "–", "–")
         table.add_row(*(Text(keys.get(key, "")) for key in varied), *cells)
@@ -93,10 +74,6 @@ def _figures(summary: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
 
 def _aggregation(c: Config) -> str:
     return f"appa ({c.aggregation.variant})" if c.aggregation.kind == "appa" else c.aggregation.kind
-
-
-def _change(split: Mapping[str, Any], keys: tuple[str, ...]) -> str:
-    return f"{_number(_at(split, ('before', *keys)))} → {_number(_at(split, ('after', *keys)))}"
 
 
 def _at(tree: Any, keys: tuple[str, ...]) -> Any:
