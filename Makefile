@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Installed first, so that the range in pyproject.toml does not pull in several GB of CUDA packages where a CPU
 # build of this version is on offer. For another build: make demo TORCH='torch==2.11.*'
 TORCH  ?= torch==2.13.0
-PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help

@@ -48,8 +48,8 @@ def comparison(rows: Sequence[tuple[Mapping[str, str], Mapping[str, Any] | None]
     table = Table(title="Alignment after training (avg / min), fairness index, privacy", title_justify="left")
     varied = list(dict.fromkeys(key for keys, _ in rows for key in keys))
     for key in varied:
-        table.add_column(key)
-    for title in ("train", "held-out", "FI", "epsilon", "seconds"):
+        table.add_column(key, overflow="fold")
+    for title in ("train", "held-out", "FI", "epsilon", "s"):
         table.add_column(title, justify="right", no_wrap=True)
     for keys, summary in rows:
         cells = _figures(summary) if summary is not None else ("did not finish", "–", "–", "–", "–")
