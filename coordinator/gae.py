@@ -1,19 +1,23 @@
 """The arithmetic of PPO on token sequences: rewards, advantages, losses. Pure functions of torch tensors.
 
-Every tensor is (B, T): B completions, T token positions, padded on the right. ``mask`` is 1 on the tokens that were
-sampled (the end token included) and 0 on padding; whatever stands on padding never reaches a result.
+Every tensor is (B, T): B completions, T token positions, padded on the right. ``mask`` is 1 on the tokens
+that were sampled (the end token included) and 0 on padding; whatever stands on padding never reaches a
+result.
 
-Sources: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (GAE);
-Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (PPO); Ziegler et al. 2019, "Fine-Tuning Language
-Models from Human Preferences" (KL in the reward).
+Sources: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation"
+(GAE); Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (PPO); Ziegler et al. 2019,
+"Fine-Tuning Language Models from Human Preferences" (KL in the reward).
 """
 
 import torch
 from torch import Tensor
 
 
-def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor | None, mask: Tensor, kl_coef: float) -> Tensor:
-    """Per-token rewards: Ziegler 2019 eq. 2, R = r(x, y) - beta log(pi(y|x) / rho(y|x)), spread over the tokens.
+def token_rewards(
+    scores: Tensor, logps: Tensor, ref_logps: Tensor | None, mask: Tensor, kl_coef: float
+) -> Tensor:
+    """Per-token rewards: Ziegler 2019 eq. 2, R = r(x, y) - beta log(pi(y|x) / rho(y|x)), spread over the
+    tokens.
 
     Args:
         scores: (B,) score of each completion; the last token of the completion receives it.
@@ -31,15 +35,18 @@ def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor | None, mask:
         rewards = -kl_coef * (logps - ref_logps)
     rewards = torch.where(mask > 0, rewards, torch.zeros_like(rewards))
     lengths = mask.sum(dim=1).long()  # (B,)
-    last = (torch.arange(mask.size(1), device=mask.device) == (lengths - 1).unsqueeze(1)).to(logps.dtype)  # (B, T)
+    last = (torch.arange(mask.size(1), device=mask.device) == (lengths - 1).unsqueeze(1)).to(
+        logps.dtype
+    )  # (B, T)
     return rewards + last * scores.to(logps.dtype).unsqueeze(1)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and the value targets that go with them.
 
-    Schulman 2016 eq. 16: A_t = sum_l (gamma lam)^l delta_{t+l} with delta_t = r_t + gamma V(s_{t+1}) - V(s_t), as the
-    recursion A_t = delta_t + gamma lam A_{t+1}. The state after the last token is terminal: V = 0 and A = 0 there.
+    Schulman 2016 eq. 16: A_t = sum_l (gamma lam)^l delta_{t+l} with delta_t = r_t + gamma V(s_{t+1}) -
+    V(s_t), as the recursion A_t = delta_t + gamma lam A_{t+1}. The state after the last token is terminal: V
+    = 0 and A = 0 there.
 
     Args:
         rewards, values, mask: (B, T); values[t] is V of the state in which token t was chosen.
@@ -64,7 +71,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 def whiten(x: Tensor, mask: Tensor, moments: Tensor | None = None) -> Tensor:
     """Shift and scale x (B, T) to mean 0 and variance 1 over the mask; 0 on padding.
 
-    ``moments`` are the sums (count, sum x, sum x^2) over all processes, see ``masked_moments``; by default over x.
+    ``moments`` are the sums (count, sum x, sum x^2) over all processes, see ``masked_moments``; by default
+    over x.
     """
     count, total, squares = (masked_moments(x, mask) if moments is None else moments).unbind()
     mean = total / count.clamp(min=1.0)
@@ -75,7 +83,9 @@ def whiten(x: Tensor, mask: Tensor, moments: Tensor | None = None) -> Tensor:
 def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
     """(3,) float64: count, sum and sum of squares of x over the mask; additive over processes."""
     kept = x[mask > 0].double()
-    return torch.stack([torch.tensor(float(kept.numel()), dtype=kept.dtype, device=x.device), kept.sum(), (kept**2).sum()])
+    return torch.stack(
+        [torch.tensor(float(kept.numel()), dtype=kept.dtype, device=x.device), kept.sum(), (kept**2).sum()]
+    )
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -98,7 +108,9 @@ def policy_loss(
     """
     ratio = torch.exp((logps - old_logps).masked_fill(mask == 0, 0.0))  # (B, T)
     plain, clipped = ratio * advantages, ratio.clamp(1.0 - clip, 1.0 + clip) * advantages
-    return masked_mean(-torch.min(plain, clipped), mask), masked_mean((clipped < plain).to(ratio.dtype).detach(), mask)
+    return masked_mean(-torch.min(plain, clipped), mask), masked_mean(
+        (clipped < plain).to(ratio.dtype).detach(), mask
+    )
 
 
 def value_loss(
@@ -106,7 +118,8 @@ def value_loss(
 ) -> tuple[Tensor, Tensor]:
     """Squared error of the critic, with the clipping of the PPO authors' code (openai/baselines ppo2).
 
-    0.5 E[max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2)]; ``clip=None`` leaves the second branch out.
+    0.5 E[max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2)]; ``clip=None`` leaves the second branch
+    out.
 
     Returns:
         (loss, share of tokens whose clipped branch is the larger one), scalars; means over the mask.

@@ -1,9 +1,10 @@
 """Reading legacy llama2.c models (version 0, such as stories260K) into transformers.
 
-Layout, from the llama2.c project (run.c, export.py and tokenizer.py): seven int32 (dim, hidden, layers, heads, kv
-heads, vocab, context; a negative vocab means untied output weights), then float32 arrays: embeddings; for all layers
-each of attention norm, wq, wk, wv, wo, ffn norm, w1, w2, w3; final norm; two unused rotary tables.
-The vocabulary file: an int32 (longest token), then per token a float32 score, an int32 length and the bytes.
+Layout, from the llama2.c project (run.c, export.py and tokenizer.py): seven int32 (dim, hidden, layers,
+heads, kv heads, vocab, context; a negative vocab means untied output weights), then float32 arrays:
+embeddings; for all layers each of attention norm, wq, wk, wv, wo, ffn norm, w1, w2, w3; final norm; two
+unused rotary tables. The vocabulary file: an int32 (longest token), then per token a float32 score, an int32
+length and the bytes.
 """
 
 import re
@@ -65,7 +66,9 @@ def convert_model(path: Path) -> LlamaForCausalLM:
     expected = sum(int(np.prod(shape)) for shape in shapes.values())
     numbers = np.frombuffer(raw, dtype="<f4", offset=_HEADER.size, count=(len(raw) - _HEADER.size) // 4)
     if len(numbers) != expected:
-        raise ConfigError(f"{path} holds {len(numbers)} weights, its header asks for {expected}: damaged file?")
+        raise ConfigError(
+            f"{path} holds {len(numbers)} weights, its header asks for {expected}: damaged file?"
+        )
     weights: dict[str, np.ndarray] = {}
     offset = 0
     for name, shape in shapes.items():
@@ -108,7 +111,8 @@ def convert_model(path: Path) -> LlamaForCausalLM:
 
 
 def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder the rows of wq or wk: llama2.c rotates neighbours (2i, 2i+1), transformers rotates (i, i + half)."""
+    """Reorder the rows of wq or wk: llama2.c rotates neighbours (2i, 2i+1), transformers rotates (i, i +
+    half)."""
     rows, columns = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, columns).transpose(0, 2, 1, 3).reshape(rows, columns)
 
@@ -116,8 +120,8 @@ def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
 def convert_tokenizer(path: Path, vocab: int) -> PreTrainedTokenizerFast:
     """The sentencepiece-type BPE of a llama2.c vocabulary file, with byte fallback.
 
-    sentencepiece joins the pair whose result scores best; scores fall with the order in which tokens were learned,
-    so the order of the scores is the order of the merges.
+    sentencepiece joins the pair whose result scores best; scores fall with the order in which tokens were
+    learned, so the order of the scores is the order of the merges.
     """
     raw = path.read_bytes()
     scores: list[float] = []
@@ -139,7 +143,9 @@ def convert_tokenizer(path: Path, vocab: int) -> PreTrainedTokenizerFast:
             cuts = [(name[:i], name[i:]) for i in range(1, len(name)) if name[:i] in ids and name[i:] in ids]
             merges.extend(cuts)
     tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

@@ -1,16 +1,16 @@
 """The policies a run can train: the built-in tiny model, stories260K, or any causal LM; and their warm-up.
 
-The warm-up teaches only the form of an answer, on public text with random valid answers, so that the policy starts
-out well-formed and undecided.
+The warm-up teaches only the form of an answer, on public text with random valid answers, so that the policy
+starts out well-formed and undecided.
 """
 
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -34,12 +34,15 @@ LETTERS = tuple("ABCDEFGHIJ")  # the words of a ranking or choice
 MAX_POSITIONS = 1024
 
 
-def build_policy(policy: Any, texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The untrained (``tiny``) or pretrained policy of the ``policy`` section of the configuration, in float32.
+def build_policy(
+    policy: Any, texts: Sequence[str], seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The untrained (``tiny``) or pretrained policy of the ``policy`` section of the configuration, in
+    float32.
 
     Args:
-        policy: has kind ("tiny", "stories260k" or "hf"); path for the last two; dim, layers, heads and vocab_size
-            for ``tiny``.
+        policy: has kind ("tiny", "stories260k" or "hf"); path for the last two; dim, layers, heads and
+            vocab_size for ``tiny``.
         texts: public text (prompts, questions, options) from which ``tiny`` makes its vocabulary.
         seed: of the initial weights of ``tiny``.
 
@@ -50,7 +53,9 @@ def build_policy(policy: Any, texts: Sequence[str], seed: int) -> tuple[PreTrain
         tokenizer = build_tokenizer(texts, policy.vocab_size)
         return build_tiny(tokenizer, policy.dim, policy.layers, policy.heads, seed), tokenizer
     if policy.path is None:
-        raise ConfigError(f"policy.kind={policy.kind} needs policy.path: a local folder" + _or_hub(policy.kind))
+        raise ConfigError(
+            f"policy.kind={policy.kind} needs policy.path: a local folder" + _or_hub(policy.kind)
+        )
     if policy.kind == "stories260k":
         return load_llama2c(Path(policy.path))
     if policy.kind == "hf":
@@ -65,17 +70,19 @@ def _or_hub(kind: str) -> str:
 def build_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A lower-case word-level tokenizer of the most frequent words of ``texts``; ties go to the smaller word.
 
-    The weights 0..10, the letters A..J and the marks of the prompt are always whole tokens. Decoding joins words
-    with single spaces.
+    The weights 0..10, the letters A..J and the marks of the prompt are always whole tokens. Decoding joins
+    words with single spaces.
     """
     split, lower = pre_tokenizers.BertPreTokenizer(), normalizers.Lowercase()
-    counts = Counter(
-        word for text in texts for word, _ in split.pre_tokenize_str(lower.normalize_str(text))
-    )
+    counts = Counter(word for text in texts for word, _ in split.pre_tokenize_str(lower.normalize_str(text)))
     always = [PAD, BOS, EOS, UNKNOWN, *WEIGHTS, *LETTERS, "=", "|"]
     if vocab_size <= len(always):
-        raise ConfigError(f"policy.vocab_size={vocab_size} must exceed {len(always)}, the tokens every answer needs")
-    common = sorted((word for word in counts if word not in set(always)), key=lambda word: (-counts[word], word))
+        raise ConfigError(
+            f"policy.vocab_size={vocab_size} must exceed {len(always)}, the tokens every answer needs"
+        )
+    common = sorted(
+        (word for word in counts if word not in set(always)), key=lambda word: (-counts[word], word)
+    )
     vocabulary = {word: i for i, word in enumerate([*always, *common][:vocab_size])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer, tokenizer.pre_tokenizer = lower, split
@@ -126,7 +133,9 @@ def load_pretrained(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        where = "a local folder" if Path(path).exists() else "neither a local folder nor a model the hub gave us"
+        where = (
+            "a local folder" if Path(path).exists() else "neither a local folder nor a model the hub gave us"
+        )
         raise ConfigError(f"policy.path={path!r} is {where} that holds no causal LM: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -161,7 +170,7 @@ def warm_up(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    answer: Callable[[random.Random, int], str],
+    answer: Callable[[np.random.Generator, int], str],
     steps: int,
     lr: float,
     batch_size: int = 32,
@@ -175,15 +184,16 @@ def warm_up(
 
     Args:
         prompts: public prompts.
-        answer: draws a random valid answer text to prompt number i; the loss is on it and the end token alone.
+        answer: draws a random valid answer text to prompt number i; the loss is on it and the end token
+            alone.
         steps: at most so many optimiser steps of ``batch_size`` prompts; 0 does nothing.
         lr: peak learning rate of AdamW, 20 steps linear warm-up, then constant.
-        valid: whether a sampled text is an answer to prompt number i; asked about 64 samples every 25 steps. The
-            warm-up ends when ``target`` of them are valid. None uses up all steps.
+        valid: whether a sampled text is an answer to prompt number i; asked about 64 samples every 25 steps.
+            The warm-up ends when ``target`` of them are valid. None uses up all steps.
         max_new_tokens: length of these samples.
         progress: called after each step with (step, loss).
     """
-    draw = random.Random(f"warm-up {seed}")
+    draw = np.random.default_rng(seed)
     device = model.device
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, weight_decay=0.0)
     losses: list[float] = []
@@ -192,7 +202,7 @@ def warm_up(
     model.train()
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     for step in range(1, steps + 1):
-        rows = [draw.randrange(len(prompts)) for _ in range(batch_size)]
+        rows = draw.integers(len(prompts), size=batch_size).tolist()
         answers = [_answer_ids(tokenizer, prompts[i], encoded[i], answer(draw, i)) for i in rows]
         loss = _answer_loss(model, tokenizer.pad_token_id, [encoded[i] for i in rows], answers, device)
         for group in optimizer.param_groups:
@@ -205,8 +215,10 @@ def warm_up(
         if progress is not None:
             progress(step, losses[-1])
         if valid is not None and (step % 25 == 0 or step == steps):
-            rows = [draw.randrange(len(prompts)) for _ in range(64)]
-            texts = sample(model, tokenizer, [prompts[i] for i in rows], 1, 1.0, max_new_tokens, seed=seed + step)
+            rows = draw.integers(len(prompts), size=64).tolist()
+            texts = sample(
+                model, tokenizer, [prompts[i] for i in rows], 1, 1.0, max_new_tokens, seed=seed + step
+            )
             share = sum(valid(text[0], i) for text, i in zip(texts, rows, strict=True)) / len(rows)
             if share >= target:
                 break

@@ -1,29 +1,24 @@
 """Proximal policy optimisation on top of TRL's GRPOTrainer.
 
-TRL keeps generation, datasets, checkpoints, peft, accelerate and vLLM; this subclass turns the update into PPO: a
-critic, GAE(lambda), the clipped ratio, the clipped value loss and the KL penalty inside the per-token reward.
+TRL keeps generation, datasets, checkpoints, peft, accelerate and vLLM; this subclass turns the update into
+PPO: a critic, GAE(lambda), the clipped ratio, the clipped value loss and the KL penalty inside the per-token
+reward.
 
-One PPO step = one batch of rollouts = one call of the reward function, followed by ``epochs`` passes over the batch in
-minibatches; each minibatch is one optimiser step of the underlying trainer.
+One PPO step = one batch of rollouts = one call of the reward function, followed by ``epochs`` passes over the
+batch in minibatches; each minibatch is one optimiser step of the underlying trainer.
 """
 
 import copy
-import hashlib
-import json
-import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,152 +26,18 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
 )
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
-from appa_secure.errors import ConfigError, RunError
+from appa_secure.errors import ConfigError
+from coordinator import checkpoints
+from coordinator.checkpoints import latest_checkpoint
 from coordinator.critic import CompletionScorer, Critic
 from coordinator.gae import gae, masked_mean, masked_moments, policy_loss, token_rewards, value_loss, whiten
+from coordinator.ppo_config import PPOConfig, PromptSampler, make_config
+from coordinator.ppo_metrics import rollout_metrics, rollout_sums
 from coordinator.sampling import base_of, rollout
 
-CRITIC_FILE, STATE_FILE = "critic.safetensors", "ppo.json"
-# Settings of GRPOConfig that would ask for another loss than the one computed here.
-_FIXED = {"beta": 0.0, "delta": None, "top_entropy_quantile": 1.0, "use_adaptive_entropy": False, "loss_type": "bnpo"}
-
-
-@dataclass
-class PPOConfig(GRPOConfig):
-    """GRPOConfig with the knobs of PPO; ``epsilon`` is the clip range of the ratio, ``beta`` must stay 0.
-
-    gamma, lam: discount and GAE lambda, in [0, 1].
-    kl_coef: >= 0, weight of log(pi / reference) in the reward; 0 does without the reference.
-    value_coef: weight of the value loss in the total loss.
-    value_clip: clip range of the value, in units of reward; None turns it off.
-    whiten_advantages: scale advantages to mean 0, variance 1 over the rollout batch.
-    critic_lr: learning rate of the critic head; None takes ``learning_rate``.
-    critic_detach: stop the critic's gradient before the trunk.
-    """
-
-    gamma: float = 1.0
-    lam: float = 0.95
-    kl_coef: float = 0.01
-    value_coef: float = 0.5
-    value_clip: float | None = 0.2
-    whiten_advantages: bool = True
-    critic_lr: float | None = None
-    critic_detach: bool = False
-    # TRL's defaults are for long texts on large accelerators.
-    beta: float = 0.0
-    loss_type: str = "bnpo"
-    scale_rewards: str = "none"
-    disable_dropout: bool = True
-    gradient_checkpointing: bool = False
-    bf16: bool | None = False
-    lr_scheduler_type: str = "constant"
-    remove_unused_columns: bool = False
-    report_to: Any = field(default_factory=list)
-    logging_strategy: str = "no"
-    disable_tqdm: bool | None = True
-    save_total_limit: int | None = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, value in _FIXED.items():
-            if getattr(self, name) != value:
-                raise ConfigError(f"PPOConfig.{name} must be {value!r}: PPO's loss does not use it")
-        for name in ("gamma", "lam"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"PPOConfig.{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.kl_coef < 0.0:
-            raise ConfigError(f"PPOConfig.kl_coef must be >= 0, got {self.kl_coef}")
-
-    @property
-    def updates_per_step(self) -> int:
-        """Minibatch passes in one PPO step (before gradient accumulation)."""
-        return int(self.steps_per_generation * self.num_iterations)
-
-
-def make_config(ppo: Any, output_dir: str | Path, seed: int, max_completion_length: int, **overrides: Any) -> PPOConfig:
-    """The PPOConfig of the ``ppo`` section of the configuration.
-
-    Args:
-        ppo: has steps, prompts_per_step, generations, epochs, minibatch_size, lr, clip, value_clip, value_coef,
-            gamma, lam, kl_coef, temperature, entropy_coef, max_grad_norm, checkpoint_every (PPO steps, 0 = never)
-            and device ("auto", "cpu" or "cuda").
-        max_completion_length: new tokens per completion.
-        overrides: any further field of PPOConfig.
-
-    Raises:
-        ConfigError: sizes that do not divide; names the fields.
-    """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    rollouts = ppo.prompts_per_step * ppo.generations
-    if rollouts % ppo.minibatch_size:
-        raise ConfigError(
-            f"ppo.minibatch_size={ppo.minibatch_size} must divide ppo.prompts_per_step * ppo.generations = {rollouts}"
-        )
-    if ppo.minibatch_size % (world * ppo.generations):
-        raise ConfigError(
-            f"ppo.minibatch_size={ppo.minibatch_size} must be a multiple of ppo.generations={ppo.generations}"
-            + (f" times the {world} processes" if world > 1 else "")
-        )
-    if ppo.generations < 2:
-        raise ConfigError(f"ppo.generations={ppo.generations} must be at least 2: TRL compares completions of a prompt")
-    if ppo.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("ppo.device=cuda, but torch sees no GPU; use ppo.device=auto or cpu")
-    minibatches = rollouts // ppo.minibatch_size
-    cycle = ppo.epochs * minibatches
-    settings: dict[str, Any] = dict(
-        output_dir=str(output_dir),
-        seed=seed,
-        use_cpu=ppo.device == "cpu" or not torch.cuda.is_available(),
-        max_steps=ppo.steps * cycle,
-        per_device_train_batch_size=ppo.minibatch_size // world,
-        steps_per_generation=minibatches,
-        num_iterations=ppo.epochs,
-        num_generations=ppo.generations,
-        max_completion_length=max_completion_length,
-        temperature=ppo.temperature,
-        learning_rate=ppo.lr,
-        epsilon=ppo.clip,
-        value_clip=ppo.value_clip,
-        value_coef=ppo.value_coef,
-        gamma=ppo.gamma,
-        lam=ppo.lam,
-        kl_coef=ppo.kl_coef,
-        entropy_coef=ppo.entropy_coef,
-        max_grad_norm=ppo.max_grad_norm,
-        save_strategy="steps" if ppo.checkpoint_every else "no",
-        save_steps=max(1, ppo.checkpoint_every) * cycle,
-    )
-    return PPOConfig(**{**settings, **overrides})
-
-
-class PromptSampler(Sampler[int]):
-    """Dataset indices of a whole run, in the order TRL's batching expects.
-
-    Prompts come from one seeded permutation of the dataset after the other, without dropping a remainder. The order
-    depends on the seed and the position alone, so a resumed run sees the prompts an undisturbed one would.
-    """
-
-    def __init__(self, size: int, prompts: int, generations: int, repeats: int, steps: int, seed: int) -> None:
-        """``prompts`` per PPO step, each ``generations`` times in a row; the batch recurs for ``repeats`` updates."""
-        self.size, self.prompts, self.generations = size, prompts, generations
-        self.repeats, self.steps, self.seed = repeats, steps, seed
-
-    def _stream(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed)
-        while True:
-            yield from torch.randperm(self.size, generator=generator).tolist()
-
-    def __iter__(self) -> Iterator[int]:
-        stream = self._stream()
-        for _ in range(self.steps):
-            batch = [i for i in (next(stream) for _ in range(self.prompts)) for _ in range(self.generations)]
-            for _ in range(self.repeats):
-                yield from batch
-
-    def __len__(self) -> int:
-        return self.prompts * self.generations * self.repeats * self.steps
+__all__ = ["PPOConfig", "PPOTrainer", "PromptSampler", "latest_checkpoint", "make_config"]
 
 
 class _EndOfUpdate(TrainerCallback):
@@ -197,21 +58,22 @@ class PPOTrainer(GRPOTrainer):
     """PPO for any causal LM, on one process or several under DDP.
 
     Args:
-        model: a causal LM or its path or hub id; a peft model is refused, pass ``peft_config`` instead. Its weights
-            at construction are the KL reference (with ``peft_config``: the model without the adapter).
-        reward_funcs: TRL reward function(s), called once per PPO step and process; None or NaN for a completion means
-            unscored: its tokens take part in no loss. ``trainer_state.ppo_step`` is the number of the step (from 1).
+        model: a causal LM or its path or hub id; a peft model is refused, pass ``peft_config`` instead. Its
+            weights at construction are the KL reference (with ``peft_config``: without the adapter).
+        reward_funcs: TRL reward function(s), called once per PPO step and process; None or NaN for a
+            completion means unscored: its tokens take part in no loss. ``trainer_state.ppo_step`` is the
+            number of the step (from 1).
         args: see ``make_config``.
         train_dataset: columns ``prompt`` (text or messages) and whatever the reward function wants.
         processing_class: the tokenizer.
-        on_step: called on the main process after each PPO step with its metrics: step, reward (mean score), kl (mean
-            over completions of sum_t log pi/reference at sampling time; None without reference), entropy (per token),
-            clip_fraction, policy_loss, value_loss, value_explained (1 - Var[R - V] / Var[R]), length, unscored (share),
-            seconds, seconds_generate, seconds_reward, and every metric the reward function logs through
-            ``log_metric``. Called before the checkpoint of that step is written.
+        on_step: called on the main process after each PPO step with its metrics: step, reward (mean score),
+            kl (mean over completions of sum_t log pi/reference at sampling time; None without reference),
+            entropy (per token), clip_fraction, policy_loss, value_loss, value_explained (1 - Var[R - V] /
+            Var[R]), length, unscored (share), seconds, seconds_generate, seconds_reward, and every metric the
+            reward function logs through ``log_metric``. Called before the checkpoint of that step is written.
     """
 
-    _tag_names = ["appa-secure", "ppo"]
+    _tag_names: ClassVar = ["appa-secure", "ppo"]
     _name = "PPO"
 
     def __init__(
@@ -230,7 +92,9 @@ class PPOTrainer(GRPOTrainer):
 
             model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
         if hasattr(model, "peft_config"):
-            raise ConfigError("PPOTrainer got a peft model: pass the merged base model and peft_config instead")
+            raise ConfigError(
+                "PPOTrainer got a peft model: pass the merged base model and peft_config instead"
+            )
         # Copied before TRL patches the model: the patches are bound to the instance.
         reference = copy.deepcopy(model) if args.kl_coef > 0.0 and peft_config is None else None
         super().__init__(
@@ -251,46 +115,52 @@ class PPOTrainer(GRPOTrainer):
         if reference is not None:
             self.ref_model = reference.requires_grad_(False).eval().to(self.accelerator.device)
             self._reference_score = CompletionScorer(self.ref_model, self.temperature, install_head=True)
-        self._reference_id = self._fingerprint() if args.kl_coef > 0.0 else None
+        self._reference_id = None
+        if args.kl_coef > 0.0:
+            frozen = self.model if reference is None else reference
+            weights = ((n, p) for n, p in frozen.named_parameters() if not p.requires_grad)
+            self._reference_id = checkpoints.fingerprint(weights)
+        self._passes = args.steps_per_generation * args.num_iterations  # minibatches read per PPO step
         self.on_step = on_step
         self._measured: dict[str, list[float]] = defaultdict(list)
+        self._found: dict[str, float | None] = {}
         self._seconds: dict[str, float] = defaultdict(float)
         self._step_began = time.perf_counter()
-        self._sampled: tuple[Tensor, Tensor] | None = None  # log-probs and hidden states the sampling loop saw
+        # log-probs (B, T) and hidden states (B, T, d) as the sampling loop saw them
+        self._sampled: tuple[Tensor, Tensor] | None = None
         self._batch: dict[str, Tensor] = {}
         self._minibatches: list[dict[str, Tensor]] = []
         for noisy in (PrinterCallback, ProgressCallback):
             self.remove_callback(noisy)
         self.add_callback(_EndOfUpdate(self))
 
-    # ---- one PPO step after the other -------------------------------------------------------------------------------
+    # ---- one PPO step after the other ----------------------------------------------------------------------
 
     @property
     def ppo_step(self) -> int:
         """Number of the PPO step in progress, from 1."""
-        updates = self.args.updates_per_step // self.args.gradient_accumulation_steps
-        return int(self.state.global_step // updates) + 1
+        return int(self.state.global_step // self.args.updates_per_step) + 1
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> PromptSampler:
-        updates = self.args.updates_per_step
         return PromptSampler(
             size=len(self.train_dataset if dataset is None else dataset),
             prompts=self.args.generation_batch_size // self.num_generations,
             generations=self.num_generations,
-            repeats=updates,
-            steps=-(-self.args.max_steps * self.args.gradient_accumulation_steps // updates),
+            repeats=self._passes,
+            steps=-(-self.args.max_steps // self.args.updates_per_step),
             seed=self.args.seed,
         )
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
-        """The minibatch of this update; a new rollout batch at the start of each PPO step, reshuffled every epoch."""
+        """The minibatch of this update; new rollouts at each PPO step, reshuffled every epoch."""
         minibatches = self.args.steps_per_generation
-        if self._step % self.args.updates_per_step == 0 or not self._batch:
+        if self._step % self._passes == 0 or not self._batch:
             self._batch = self._generate_and_score_completions(generation_batch)
         if self._step % minibatches == 0 or not self._minibatches:
             rows = self._batch["prompt_ids"].size(0)
             group = self._group(rows // minibatches)
-            order = torch.randperm(rows // group).unsqueeze(1) * group + torch.arange(group)  # whole prompts move
+            # Whole prompts move, so that their completions share a pass.
+            order = torch.randperm(rows // group).unsqueeze(1) * group + torch.arange(group)
             parts = order.flatten().to(self.accelerator.device).chunk(minibatches)
             self._minibatches = [{name: x[part] for name, x in self._batch.items()} for part in parts]
         return self._minibatches[self._step % minibatches]
@@ -300,7 +170,7 @@ class PPOTrainer(GRPOTrainer):
         shareable = rows % self.num_generations == 0 and not self.args.gradient_checkpointing
         return int(self.num_generations) if shareable else 1
 
-    # ---- rollouts: sample, score, advantages ------------------------------------------------------------------------
+    # ---- rollouts: sample, score, advantages ---------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         self.state.ppo_step = self.ppo_step
@@ -314,10 +184,13 @@ class PPOTrainer(GRPOTrainer):
         scored = ~torch.isnan(scores)
         mask = out["completion_mask"] * scored.unsqueeze(1)  # (B, T)
         with torch.no_grad():
-            old_logps, hidden = self._sampled or self._evaluate(self.model, self._score, ids, attention, length)
+            old_logps, hidden = self._sampled or self._evaluate(
+                self.model, self._score, ids, attention, length
+            )
             old_values = self.critic(hidden)  # (B, T)
             ref_logps = self._reference_logps(ids, attention, length)  # (B, T)
-        rewards = token_rewards(scores.nan_to_num(0.0), old_logps, ref_logps, mask, self.args.kl_coef)  # (B, T)
+        scores = scores.nan_to_num(0.0)
+        rewards = token_rewards(scores, old_logps, ref_logps, mask, self.args.kl_coef)  # (B, T)
         advantages, returns = gae(rewards, old_values, mask, self.args.gamma, self.args.lam)  # (B, T)
         if self.args.whiten_advantages:
             moments = self.accelerator.reduce(masked_moments(advantages, mask), reduction="sum")
@@ -325,7 +198,10 @@ class PPOTrainer(GRPOTrainer):
         if "importance_sampling_ratio" in out:  # vLLM's sampler is not exactly this policy
             advantages = advantages * out["importance_sampling_ratio"].nan_to_num(0.0)
 
-        self._measure_rollouts(scores, mask, old_logps, ref_logps, old_values, returns)
+        drift = None if ref_logps is None else old_logps - ref_logps  # (B, T)
+        sums = rollout_sums(scores.where(scored, torch.nan), mask, drift, old_values, returns)
+        sums = self.accelerator.reduce(sums, reduction="sum")
+        self._found = rollout_metrics(sums.tolist(), drift is not None)
         self._sampled = None
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         return {
@@ -338,11 +214,18 @@ class PPOTrainer(GRPOTrainer):
         }
 
     def _generate_single_turn(
-        self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, has_tool_images: bool = False
+        self,
+        prompt_ids: Any,
+        images: Any,
+        multimodal_fields: Any,
+        num_generations: int,
+        has_tool_images: bool = False,
     ) -> Any:
         began = time.perf_counter()
         groups = [prompt_ids[i : i + num_generations] for i in range(0, len(prompt_ids), num_generations)]
-        plain = not (self.use_vllm or self.use_transformers_continuous_batching or self.args.generation_kwargs)
+        plain = not (
+            self.use_vllm or self.use_transformers_continuous_batching or self.args.generation_kwargs
+        )
         plain = plain and (self.top_p, self.top_k, self.min_p, self.repetition_penalty) == (1.0, 0, None, 1.0)
         if not plain or images is not None or any(ids != group[0] for group in groups for ids in group):
             result = super()._generate_single_turn(
@@ -360,7 +243,7 @@ class PPOTrainer(GRPOTrainer):
                 self._tokenizer.pad_token_id,
                 keep_hidden=True,
             )
-            # Under autocast the update would see other numbers than the sampler; then they are computed afresh.
+            # Under autocast the update sees other numbers than the sampler; then they are computed afresh.
             if not (self.args.bf16 or self.args.fp16) and drawn.hidden is not None:
                 self._sampled = (drawn.logps, drawn.hidden)
             rows = zip(drawn.tokens.cpu(), drawn.mask.cpu(), strict=True)
@@ -368,13 +251,17 @@ class PPOTrainer(GRPOTrainer):
         self._seconds["generate"] += time.perf_counter() - began
         return result
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, None, None]:
-        """TRL asks for the log-probs at sampling time here; they and the values are computed in one pass later."""
+    def _get_per_token_logps_and_entropies(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor | None, None, None]:
+        """Without vLLM's correction, log-probs and values come from one pass, after TRL's own part."""
         if self.use_vllm:
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
         return None, None, None
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> Tensor:
         began = time.perf_counter()
         per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._seconds["reward"] += time.perf_counter() - began
@@ -411,10 +298,11 @@ class PPOTrainer(GRPOTrainer):
                 parts.append(score(model, i, a, length, self._group(i.size(0))))
         return torch.cat([p[0] for p in parts]), torch.cat([p[2] for p in parts])
 
-    # ---- the update -------------------------------------------------------------------------------------------------
+    # ---- the update ----------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        first = int(inputs["prompt_mask"].any(dim=0).int().argmax())  # drop columns that are padding in every row
+        # Drop the columns that are padding in every row.
+        first = int(inputs["prompt_mask"].any(dim=0).int().argmax())
         length = max(1, int(inputs["completion_mask"].sum(dim=1).max()))
         short = {name: x[:, :length] for name, x in inputs.items() if not name.startswith("prompt")}
         ids = torch.cat([inputs["prompt_ids"][:, first:], short["completion_ids"]], dim=1)  # (B, P + T)
@@ -431,7 +319,9 @@ class PPOTrainer(GRPOTrainer):
 
         measured = torch.stack([policy, value, entropy, clipped]).detach()
         measured = self.accelerator.reduce(measured, reduction="mean").tolist()
-        for name, number in zip(("policy_loss", "value_loss", "entropy", "clip_fraction"), measured, strict=True):
+        for name, number in zip(
+            ("policy_loss", "value_loss", "entropy", "clip_fraction"), measured, strict=True
+        ):
             self._measured[name].append(number)
         return loss / self.current_gradient_accumulation_steps
 
@@ -454,39 +344,20 @@ class PPOTrainer(GRPOTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if known is None:
             rate = self.args.learning_rate if self.args.critic_lr is None else self.args.critic_lr
-            optimizer.add_param_group({"params": list(self.critic.parameters()), "lr": rate, "weight_decay": 0.0})
+            optimizer.add_param_group(
+                {"params": list(self.critic.parameters()), "lr": rate, "weight_decay": 0.0}
+            )
         return optimizer
 
-    # ---- metrics ----------------------------------------------------------------------------------------------------
-
-    def _measure_rollouts(
-        self, scores: Tensor, mask: Tensor, logps: Tensor, ref_logps: Tensor | None, values: Tensor, returns: Tensor
-    ) -> None:
-        scored = ~torch.isnan(scores)
-        kl = torch.zeros_like(scores) if ref_logps is None else ((logps - ref_logps) * mask).sum(dim=1)
-        sums = torch.stack(
-            [scored.sum(), (~scored).sum(), scores.nansum(), kl[scored].sum(), mask.sum()]
-        ).double()  # additive over processes
-        moments = torch.cat([sums, masked_moments(returns - values, mask), masked_moments(returns, mask)])
-        count, unscored, reward, drift, tokens, *rest = self.accelerator.reduce(moments, reduction="sum").tolist()
-        variance = [s2 / max(n, 1.0) - (s1 / max(n, 1.0)) ** 2 for n, s1, s2 in (rest[:3], rest[3:])]
-        found = {
-            "reward": reward / count if count else None,
-            "kl": drift / count if count and ref_logps is not None else None,
-            "length": tokens / count if count else None,
-            "unscored": unscored / (count + unscored),
-            "value_explained": 1.0 - variance[0] / variance[1] if variance[1] > 1e-12 else None,
-        }
-        for name, number in found.items():
-            self._measured[name] = [] if number is None else [number]
+    # ---- metrics -------------------------------------------------------------------------------------------
 
     def _report_if_complete(self) -> None:
-        updates = self.args.updates_per_step // self.args.gradient_accumulation_steps
-        if self.state.global_step % updates:
+        if self.state.global_step % self.args.updates_per_step:
             return
         now = time.perf_counter()
-        metrics: dict[str, Any] = {"step": self.state.global_step // updates}
-        metrics |= {name: sum(x) / len(x) if x else None for name, x in self._measured.items()}
+        metrics: dict[str, Any] = {"step": self.state.global_step // self.args.updates_per_step}
+        metrics |= self._found
+        metrics |= {name: sum(x) / len(x) for name, x in self._measured.items()}
         metrics |= {"seconds": now - self._step_began}
         metrics |= {f"seconds_{name}": spent for name, spent in self._seconds.items()}
         self._step_began = now
@@ -497,17 +368,18 @@ class PPOTrainer(GRPOTrainer):
         if self.on_step is not None and self.accelerator.is_main_process:
             self.on_step(metrics)
 
-    # ---- checkpoints ------------------------------------------------------------------------------------------------
+    # ---- checkpoints ---------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> Any:
-        """Train to the last step; True resumes from the newest complete checkpoint in output_dir, if there is one.
+        """Train to the last step; True resumes from the newest complete checkpoint in output_dir, if any.
 
-        An uninterrupted run and a resumed one end with the same bits on a CPU with the same number of threads.
+        An uninterrupted run and a resumed one end with the same bits on a CPU with the same number of
+        threads.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = latest_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
-            self._check_resumable(Path(resume_from_checkpoint))
+            checkpoints.check(Path(resume_from_checkpoint), self._identity())
         else:
             set_seed(self.args.seed, device_specific=True)
         self._step, self._batch, self._minibatches = 0, {}, []
@@ -529,39 +401,20 @@ class PPOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        (folder / STATE_FILE).unlink(missing_ok=True)
+        checkpoints.unmark(folder)
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            save_file(self.critic.state_dict(), folder / CRITIC_FILE)
-            state = {"ppo_step": self.ppo_step - 1, "reference": self._reference_id}
-            # Written last and renamed into place: its presence is what makes the checkpoint complete.
-            (folder / f"{STATE_FILE}.part").write_text(json.dumps(state))
-            (folder / f"{STATE_FILE}.part").replace(folder / STATE_FILE)
+            checkpoints.complete(folder, self.critic, self._identity())
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint relies on without containing it: its run must agree, or resuming is not exact."""
+        return {
+            "reference": self._reference_id,
+            "seed": self.args.seed,
+            "prompts": len(self.train_dataset),
+            "updates_per_step": self.args.updates_per_step,
+        }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.critic.load_state_dict(load_file(Path(resume_from_checkpoint) / CRITIC_FILE))
-
-    def _check_resumable(self, folder: Path) -> None:
-        if not (folder / STATE_FILE).is_file():
-            raise RunError(f"{folder} is no complete checkpoint: {STATE_FILE} is missing; resume from an earlier one")
-        if json.loads((folder / STATE_FILE).read_text())["reference"] != self._reference_id:
-            raise RunError(
-                f"{folder} was trained against another reference model: start from the same initial policy and kl_coef"
-            )
-
-    def _fingerprint(self) -> str:
-        """SHA-256 of the reference weights, which a checkpoint does not contain."""
-        digest = hashlib.sha256()
-        frozen: Iterable[tuple[str, Tensor]] = (self.ref_model or self.model).named_parameters()
-        for name, parameter in frozen:
-            if self.ref_model is not None or not parameter.requires_grad:
-                digest.update(name.encode())
-                digest.update(parameter.detach().cpu().float().contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
-
-def latest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint in a folder; one whose writing was cut off does not count."""
-    complete = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{STATE_FILE}")]
-    return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+        checkpoints.load_critic(Path(resume_from_checkpoint), self.critic)

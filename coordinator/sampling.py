@@ -1,7 +1,9 @@
-"""Sampling completions from a causal language model: one tight loop with a key/value cache, for PPO and evaluation.
+"""Sampling completions from a causal language model: one tight loop with a key/value cache, for PPO and
+evaluation.
 
 Each distinct prompt passes through the model once and its cache is repeated over its completions; a finished
-completion leaves the batch. At the sizes of the built-in policy this is several times faster than ``generate``.
+completion leaves the batch. At the sizes of the built-in policy this is several times faster than
+``generate``.
 """
 
 import inspect
@@ -17,11 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Rollout:
-    """N = prompts x n completions, those of one prompt next to each other; T is the longest length that occurs."""
+    """N = prompts x n completions, those of one prompt next to each other; T is the longest that occurs."""
 
     tokens: Tensor  # (N, T) int64, the padding token after the end
     mask: Tensor  # (N, T) bool, True on sampled tokens, the end token included
-    logps: Tensor  # (N, T) float32, log-probability of each sampled token at the sampling temperature; 0 on padding
+    logps: Tensor  # (N, T) float32, log-probability of each sampled token at that temperature; 0 on padding
     hidden: Tensor | None  # (N, T, d) last hidden state of the position that chose the token; 0 on padding
 
 
@@ -98,7 +100,11 @@ def rollout(
     with torch.no_grad(), last_hidden_states(base) as seen:
         positions = (attention.cumsum(1) - 1).clamp(min=0)
         out = base(
-            input_ids=ids, attention_mask=attention, use_cache=True, **_positions(accepts, positions), **keep_last
+            input_ids=ids,
+            attention_mask=attention,
+            use_cache=True,
+            **_positions(accepts, positions),
+            **keep_last,
         )
         cache = out.past_key_values
         cache.batch_repeat_interleave(n)
@@ -123,7 +129,12 @@ def rollout(
                 break
             if alive.numel() < rows.numel():
                 cache.batch_select_indices(alive)
-                rows, token, attention, position = rows[alive], token[alive], attention[alive], position[alive]
+                rows, token, attention, position = (
+                    rows[alive],
+                    token[alive],
+                    attention[alive],
+                    position[alive],
+                )
             attention = torch.cat([attention, attention.new_ones(rows.numel(), 1)], dim=1)
             position = position + 1
             out = base(
@@ -136,7 +147,10 @@ def rollout(
             logits, state = out.logits[:, -1], seen.pop()[:, -1]
     length = int(mask.sum(dim=1).max())
     return Rollout(
-        tokens[:, :length], mask[:, :length], logps[:, :length], None if hidden is None else hidden[:, :length]
+        tokens[:, :length],
+        mask[:, :length],
+        logps[:, :length],
+        None if hidden is None else hidden[:, :length],
     )
 
 
@@ -162,7 +176,8 @@ def sample(
     seed: int = 0,
     batch_size: int = 64,
 ) -> list[list[str]]:
-    """n completions of every prompt as text, [prompt][completion]; a function of the weights and the seed alone.
+    """n completions of every prompt as text, [prompt][completion]; a function of the weights and the seed
+    alone.
 
     The global random state is neither read nor changed, so measuring a policy does not alter its training.
     ``batch_size`` counts prompts per pass and is part of what determines the samples.
@@ -173,7 +188,9 @@ def sample(
     with evaluating(model):
         for start in range(0, len(prompts), batch_size):
             ids = tokenizer(list(prompts[start : start + batch_size]))["input_ids"]
-            drawn = rollout(model, ids, n, max_new_tokens, temperature, ends, tokenizer.pad_token_id, generator)
+            drawn = rollout(
+                model, ids, n, max_new_tokens, temperature, ends, tokenizer.pad_token_id, generator
+            )
             kept = [row[m].tolist() for row, m in zip(drawn.tokens.cpu(), drawn.mask.cpu(), strict=True)]
             texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
             answers.extend(texts[i : i + n] for i in range(0, len(texts), n))
