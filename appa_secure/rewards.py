@@ -228,7 +228,8 @@ def _score(kind: str, answers: Floats, targets: Floats, gaps: Floats | None, mas
         reward = 1.0 - (np.abs(difference) * gaps).sum(axis=1)
     else:
         reward = _KERNELS[kind](answers, targets, mask)
-    return np.clip(reward, 0.0, 1.0)
+    clipped: Floats = np.clip(reward, 0.0, 1.0)  # against rounding
+    return clipped
 
 
 def _js(answers: Floats, targets: Floats, mask: Mask) -> Floats:

@@ -72,7 +72,7 @@ def cases(draw):
     return kind, rows
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(cases(), st.integers(0, 2))
 def test_rewards_equal_their_definitions_with_and_without_padding(case, extra):
     kind, rows = case

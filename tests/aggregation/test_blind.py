@@ -45,7 +45,7 @@ def runs(draw):
     return spec, roster, steps
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(runs())
 def test_every_step_of_a_run_equals_the_clear_form(run):
     spec, roster, steps = run
@@ -80,7 +80,7 @@ def test_every_step_of_a_run_equals_the_clear_form(run):
         np.testing.assert_allclose([histories[g] for g in present], after, rtol=0, atol=1e-15)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(runs(), st.sampled_from(["min", "max"]), st.floats(0.5, 32))
 def test_smooth_min_and_max_keep_their_bound(run, kind, sharpness):
     _, roster, steps = run

@@ -1,0 +1,113 @@
+"""The linear programs behind ceilings, solved by HiGHS."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linprog
+from scipy.sparse import coo_array
+
+from appa_secure.ceilings.answers import Answers, Floats
+from appa_secure.errors import DataError
+
+
+def cdf_program(game: Answers, block: NDArray[np.int64], share: Floats) -> tuple[Floats, float, Floats]:
+    """Maximise the mean of t_b over blocks b of questions, t_b ≤ 1 - Σ_{q in b} share[q, g]·W1_qg for all g.
+
+    Many answers reach the optimum; of these, the one with the largest Avg AS is returned, by a second
+    program. Variables: F_v (a CDF at each inner option v of each question), u_vg = max(F_v - F_vg, 0), so
+    that
+    |F - F_g| = 2·u_g - F + F_g, and t_b.
+
+    Args:
+        block: (Q,) block of each question: all 0 for the maximin over groups, 0..Q-1 for the minimum per
+            question.
+        share: (Q, G) weight of each question's distance in its block.
+
+    Returns:
+        Answers (Q, K), the objective's value, and the dual weights of the groups (G,), summing to 1.
+    """
+    groups, blocks = game.groups, int(block.max()) + 1
+    gaps = np.where(game.mask[:, 1:], np.diff(game.ordinals, axis=1), 0.0)
+    gaps /= gaps.sum(axis=1, keepdims=True)
+    question, option = np.nonzero(game.mask[:, 1:])  # (V,) a cut lies behind each option but the last
+    known = np.cumsum(game.targets, axis=2)[question, :, option].ravel()  # (V·G,) the groups' CDFs
+    cut, group = np.divmod(np.arange(len(question) * groups), groups)
+    weight = gaps[question, option][cut] * share[question[cut], group]  # (V·G,)
+    first_u, first_t = len(question), len(question) + len(cut)
+    u, ones = first_u + np.arange(len(cut)), np.ones(len(cut))
+
+    bound = block[question[cut]] * groups + group  # rows (b, g): t_b + Σ weight·(2u - F) ≤ 1 - Σ weight·F_g
+    fixed = np.bincount(bound, weight * known, minlength=blocks * groups)
+    above = blocks * groups + np.arange(len(cut))  # F - u_g ≤ F_g
+    pair = np.flatnonzero(question[1:] == question[:-1])  # F_k ≤ F_{k+1} within a question
+    rising = blocks * groups + len(cut) + np.arange(len(pair))
+    entries = [
+        (
+            np.arange(blocks * groups),
+            first_t + np.repeat(np.arange(blocks), groups),
+            np.ones(blocks * groups),
+        ),
+        (bound, u, 2.0 * weight),
+        (bound, cut, -weight),
+        (above, cut, ones),
+        (above, u, -ones),
+        (rising, pair, np.ones(len(pair))),
+        (rising, pair + 1, -np.ones(len(pair))),
+    ]
+    rows, columns, values = (np.concatenate(part) for part in zip(*entries, strict=True))
+    shape = (blocks * groups + len(cut) + len(pair), first_t + blocks)
+    matrix = coo_array((values, (rows, columns)), shape=shape).tocsr()
+    limits = np.concatenate([1.0 - fixed, known, np.zeros(len(pair))])
+    unit = [(0.0, 1.0)] * first_t
+    first = _solve(
+        np.concatenate([np.zeros(first_t), np.full(blocks, -1.0 / blocks)]),
+        matrix,
+        limits,
+        [*unit, *[(None, None)] * blocks],
+    )
+    prices = np.maximum(-first.ineqlin.marginals[: blocks * groups], 0.0).reshape(blocks, groups).sum(axis=0)
+    overall = (
+        gaps[question, option][cut] * game.share[question[cut], group]
+    )  # distances' weights in Σ_g (1 - AS_g)
+    cost = np.concatenate([-np.bincount(cut, overall), 2.0 * overall, np.zeros(blocks)])
+    reached = [(t - 1e-9, None) for t in first.x[first_t:]]
+    solution = _solve(cost, matrix, limits, [*unit, *reached])
+    cdf = np.zeros(game.mask.shape)
+    cdf[question, option] = solution.x[:first_u]
+    cdf[np.arange(len(cdf)), game.mask.sum(axis=1) - 1] = 1.0
+    answers = np.where(game.mask, np.maximum(np.diff(cdf, axis=1, prepend=0.0), 0.0), 0.0)
+    return answers / answers.sum(axis=1, keepdims=True), -float(first.fun), prices / prices.sum()
+
+
+def matrix_game(columns: Floats) -> tuple[Floats, float, Floats]:
+    """Mix J payoff vectors (J, G) so that the least payoff is largest: mixture (J,), value, weights (G,)."""
+    count, groups = columns.shape
+    solution = _solve(
+        cost=np.append(np.zeros(count), -1.0),
+        rows=coo_array(np.hstack([-columns.T, np.ones((groups, 1))])),  # t <= (mixture @ columns)_g
+        limits=np.zeros(groups),
+        bounds=[(0.0, 1.0)] * count + [(None, None)],
+        equal=coo_array(np.append(np.ones(count), 0.0)[None]),
+    )
+    weights = np.maximum(-solution.ineqlin.marginals, 0.0)
+    mixture = np.maximum(solution.x[:count], 0.0)
+    return mixture / mixture.sum(), float(solution.x[-1]), weights / weights.sum()
+
+
+def _solve(cost: Floats, rows: Any, limits: Floats, bounds: Any, equal: Any = None) -> Any:
+    """Minimise cost @ x with rows @ x <= limits, bounds, and equal @ x = 1, by HiGHS."""
+    solution = linprog(
+        cost,
+        A_ub=rows,
+        b_ub=limits,
+        A_eq=equal,
+        b_eq=None if equal is None else [1.0],
+        bounds=bounds,
+        method="highs",
+    )
+    if solution.status != 0:
+        raise DataError(f"the linear program of a ceiling was not solved: {solution.message}")
+    return solution
