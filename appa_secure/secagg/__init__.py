@@ -1,0 +1,106 @@
+"""Secure aggregation: the coordinator learns the sum of the clients' vectors and nothing else.
+
+Sans-IO: bytes in, bytes out; no clock, no file, no socket. numpy, cryptography and cbor2 only, so that an
+auditor reads this package alone. Adversary: a coordinator that lies about rosters, keys, dropouts, contexts
+and rounds, together with c clients where 2t > n + c (t = threshold, n = clients of the epoch; by default c
+< n/3).
+
+The protocol (double masking of Bonawitz et al., CCS 2017, set up once for many rounds)
+---------------------------------------------------------------------------------------
+Set-up of an epoch of R rounds, three exchanges:
+
+    propose -> bundle   Each client checks the proposal against its own `ClientPolicy` and provisioned
+                        `Directory` and signs: an X25519 encryption key, R one-time X25519 mask keys,
+                        commitments of R self-mask seeds.
+    roster  -> shares   Each client verifies all bundles and deals t-of-n Shamir shares of its R seeds and R
+                        mask private keys, one AEAD packet per peer, with signed digests of every share.
+    start   -> ack      Each client verifies and decrypts its packets, does all key agreement of the epoch,
+                        forgets its private keys, and signs the transcript (digest of proposal, bundles,
+                        final roster).
+
+A round, two exchanges:
+
+    round   -> upload   encode(vector) + self-mask + sum of +/- pairwise masks, every one an AES-256-CTR
+                        keystream whose key is HKDF(secret; session, epoch, round, ids; salt = transcript),
+                        expanded with (round, coding, context).
+    unmask  -> answer   For each survivor a share of its self-mask seed, for each dropped party a share of
+                        its one-time mask key. The coordinator reconstructs, checks against the commitments,
+                        and subtracts the masks.
+
+Why a liar gains nothing
+------------------------
+Invented or swapped keys: bundles are signed by identities of a directory the coordinator cannot write; a
+client counts the cohort in that directory. Different rosters, scales or contexts for different clients: all
+of them are in the mask derivation (and rosters are acknowledged across clients), so masks do not cancel;
+the sum is uniform noise and is reported as `MasksDoNotCancel`. False dropouts: a client answers one
+partition per round, and with 2t > n + c no two partitions can both reach t answers, so never both secrets
+of one party. Another round's secrets: every round has keys of its own, dealt as such; shares of earlier
+rounds are zeroed. Replays: rounds only increase, on state that is persisted before a reply leaves. Sums
+over chosen subsets: the release policy (`ClientPolicy.release`). A wrong share: pinned on its author and
+survived.
+
+What it does not do: it does not check what a client puts in (a party can report any in-range vector), it
+does not hide who took part, a sum of few parties says much about each (keep `min_cohort` up), and its cost
+per client is linear in n (complete graph). Python cannot wipe memory reliably; secrets are zeroed where
+they live in arrays, dropped elsewhere.
+
+Use `run_epoch_setup` and `run_round` on the coordinator's side, `respond` on the client's.
+"""
+
+from .client import ClientMachine
+from .coordinator import CoordinatorMachine
+from .driver import (
+    Contribute,
+    Contribution,
+    Exchange,
+    Handler,
+    close_epoch,
+    in_process,
+    respond,
+    resume,
+    run_epoch_setup,
+    run_round,
+)
+from .errors import (
+    BadEncoding,
+    BadParameters,
+    BadShare,
+    BadSignature,
+    BelowThreshold,
+    BothShareKinds,
+    CohortTooSmall,
+    ContextMismatch,
+    CorruptState,
+    Headroom,
+    IllegalEvent,
+    LayoutMismatch,
+    LocalMisuse,
+    OutOfOrder,
+    OutOfRange,
+    PolicyViolation,
+    ProtocolError,
+    ReleaseRefused,
+    RemoteMisbehaviour,
+    ReplayedRound,
+    SumOutOfRange,
+    UnknownParty,
+    WrongEpoch,
+    WrongRoster,
+)
+from .fixedpoint import Coding, Layout, Segment
+from .keys import Directory, IdentityKey, Rng
+from .outcomes import Aborted, Aggregate, Continue, EpochReady, Fault, Outcome
+from .policy import ClientPolicy, EpochParameters, threshold_for
+from .states import ClientState, CoordinatorState
+
+__all__ = [
+    "Aborted", "Aggregate", "BadEncoding", "BadParameters", "BadShare", "BadSignature",
+    "BelowThreshold", "BothShareKinds", "ClientMachine", "ClientPolicy", "ClientState", "Coding",
+    "CohortTooSmall", "ContextMismatch", "Continue", "Contribute", "Contribution", "CoordinatorMachine",
+    "CoordinatorState", "CorruptState", "Directory", "EpochParameters", "EpochReady", "Exchange",
+    "Fault", "Handler", "Headroom", "IdentityKey", "IllegalEvent", "Layout", "LayoutMismatch",
+    "LocalMisuse", "OutOfOrder", "OutOfRange", "Outcome", "PolicyViolation", "ProtocolError",
+    "ReleaseRefused", "RemoteMisbehaviour", "ReplayedRound", "Rng", "Segment", "SumOutOfRange",
+    "UnknownParty", "WrongEpoch", "WrongRoster", "close_epoch", "in_process", "respond", "resume",
+    "run_epoch_setup", "run_round", "threshold_for",
+]  # fmt: skip

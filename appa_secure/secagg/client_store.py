@@ -1,0 +1,171 @@
+"""A client's state of one epoch and its encoding for the client's own private store.
+
+The encoding holds secrets: it never leaves the client, and it must be on disk BEFORE a reply leaves (persist,
+then send),
+because a client restored from an older state could answer a round a second time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import cbor
+from .errors import BadParameters, CorruptState, ProtocolError
+from .keys import COORDINATOR, KEY_BYTES, Directory
+from .policy import EpochParameters
+from .roster import KINDS, Roster, open_bundle
+from .shamir import LIMBS
+from .states import ClientState
+from .wire import named_sender
+
+STATE_VERSION = 1
+Secrets = NDArray[np.uint8]  # (..., 32), zeroed when used up
+
+
+@dataclass(repr=False)
+class ClientEpoch:
+    """Secrets and public values of one epoch. Row r - 1 of the per-round arrays belongs to round r."""
+
+    parameters: EpochParameters
+    bundle: bytes
+    encryption_private: bytes  # emptied once the shares are received
+    mask_privates: Secrets  # (R, 32), zeroed once the pair seeds are made
+    seeds: Secrets  # (R, 32) self-mask seeds
+    roster: Roster | None = None
+    dealers: tuple[str, ...] = ()
+    transcript: bytes = b""
+    pair_seeds: Secrets = field(
+        default_factory=lambda: np.zeros((0, 0, KEY_BYTES), np.uint8)
+    )  # (dealers, R, 32)
+    held: NDArray[np.uint32] = field(
+        default_factory=lambda: np.zeros((0, 0, KINDS, LIMBS), np.uint32)
+    )  # (dealers, R, 2, 9)
+    confirmed: bool = False  # the acknowledgements of the others were seen
+    last_round: int = 0
+    answers: dict[bytes, bytes] = field(default_factory=dict)  # SHA-256 of a request -> the reply it got
+
+    def wipe_used(self, masks_to: int, shares_to: int) -> None:
+        """Zero mask secrets of rounds 1..masks_to and held shares of rounds 1..shares_to."""
+        self.seeds[:masks_to] = 0
+        self.pair_seeds[:, :masks_to] = 0
+        self.held[:, :shares_to] = 0
+
+    def wipe(self) -> None:
+        """Zero everything secret."""
+        self.encryption_private = b""
+        self.mask_privates[:] = 0
+        self.wipe_used(self.parameters.rounds, self.parameters.rounds)
+        self.answers.clear()
+
+
+def request_digest(message: bytes) -> bytes:
+    return hashlib.sha256(message).digest()
+
+
+def dump(
+    client_id: str,
+    public: bytes,
+    sessions: Mapping[bytes, int],
+    state: ClientState,
+    epoch: ClientEpoch | None,
+) -> bytes:
+    """The whole client state; SECRET."""
+    return cbor.encode(
+        {
+            "version": STATE_VERSION,
+            "client": client_id,
+            "identity": public,
+            "sessions": [[session, number] for session, number in sorted(sessions.items())],
+            "state": state.value,
+            "epoch": _dump_epoch(epoch) if epoch else {},
+        }
+    )
+
+
+def _dump_epoch(epoch: ClientEpoch) -> dict[str, Any]:
+    p = epoch.parameters
+    return {
+        "parameters": [p.session, p.epoch, list(p.clients), p.threshold, p.rounds, p.ring_bits],
+        "bundle": epoch.bundle,
+        "encryption_private": epoch.encryption_private,
+        "mask_privates": epoch.mask_privates.tobytes(),
+        "seeds": epoch.seeds.tobytes(),
+        "roster": [bundle.raw for bundle in epoch.roster.bundles] if epoch.roster else [],
+        "dealers": list(epoch.dealers),
+        "pair_seeds": epoch.pair_seeds.tobytes(),
+        "held": epoch.held.astype("<u4").tobytes(),
+        "confirmed": int(epoch.confirmed),
+        "last_round": epoch.last_round,
+        "answers": [[key, reply] for key, reply in epoch.answers.items()],
+    }
+
+
+def load(
+    data: bytes, client_id: str, public: bytes, directory: Directory
+) -> tuple[dict[bytes, int], ClientState, ClientEpoch | None]:
+    """Inverse of `dump`; raises `CorruptState` when the bytes are damaged or belong to another client."""
+    try:
+        fields = cbor.decode(data)
+        if (
+            fields["version"] != STATE_VERSION
+            or fields["client"] != client_id
+            or fields["identity"] != public
+        ):
+            raise CorruptState(
+                f"stored state is not version {STATE_VERSION} of client '{client_id}' with this identity"
+            )
+        sessions = {session: number for session, number in fields["sessions"]}
+        epoch = _load_epoch(fields["epoch"], directory) if fields["epoch"] else None
+        return sessions, ClientState(fields["state"]), epoch
+    except (ValueError, KeyError, TypeError, IndexError, ProtocolError) as error:
+        if isinstance(error, CorruptState):
+            raise
+        raise CorruptState(
+            f"stored state of client '{client_id}' cannot be read: {type(error).__name__}"
+        ) from None
+
+
+def _load_epoch(fields: Mapping[str, Any], directory: Directory) -> ClientEpoch:
+    session, number, clients, threshold, rounds, ring_bits = fields["parameters"]
+    parameters = EpochParameters(session, number, tuple(clients), threshold, rounds, ring_bits)
+    roster = load_roster(parameters, fields["roster"], directory)
+    dealers = tuple(fields["dealers"])
+    if dealers and roster is None:
+        raise BadParameters("dealers without a roster")
+    return ClientEpoch(
+        parameters=parameters,
+        bundle=fields["bundle"],
+        encryption_private=fields["encryption_private"],
+        mask_privates=_secrets(fields["mask_privates"], (rounds, KEY_BYTES)),
+        seeds=_secrets(fields["seeds"], (rounds, KEY_BYTES)),
+        roster=roster,
+        dealers=dealers,
+        transcript=roster.transcript(dealers) if roster and dealers else b"",
+        pair_seeds=_secrets(fields["pair_seeds"], (len(dealers), rounds if dealers else 0, KEY_BYTES)),
+        held=np.frombuffer(fields["held"], "<u4")
+        .reshape(len(dealers), rounds if dealers else 0, KINDS, LIMBS)
+        .astype(np.uint32),
+        confirmed=bool(fields["confirmed"]),
+        last_round=fields["last_round"],
+        answers={key: reply for key, reply in fields["answers"]},
+    )
+
+
+def load_roster(parameters: EpochParameters, bundles: list[bytes], directory: Directory) -> Roster | None:
+    """The roster from stored bundles, verified again; None when there are none yet."""
+    if not bundles:
+        return None
+    return Roster(
+        parameters,
+        tuple(open_bundle(raw, named_sender(raw, COORDINATOR), parameters, directory) for raw in bundles),
+    )
+
+
+def _secrets(data: bytes, shape: tuple[int, ...]) -> Secrets:
+    return np.frombuffer(data, np.uint8).reshape(shape).copy()

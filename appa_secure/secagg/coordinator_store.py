@@ -1,0 +1,125 @@
+"""The coordinator's state of one epoch and its encoding. Public data only: bundles, signed messages, masked
+vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import cbor
+from .errors import CorruptState, ProtocolError
+from .fixedpoint import Layout
+from .keys import COORDINATOR, Directory
+from .outcomes import Fault
+from .policy import EpochParameters
+from .roster import Roster, open_bundle
+from .states import CoordinatorState
+from .wire import Envelope, named_sender, parse
+
+STATE_VERSION = 1
+
+
+@dataclass
+class CoordinatorEpoch:
+    """What the coordinator remembers of an epoch and of its open round and phase."""
+
+    parameters: EpochParameters
+    roster: Roster | None = None
+    dealers: tuple[str, ...] = ()
+    digests: dict[tuple[str, str], bytes] = field(
+        default_factory=dict
+    )  # (dealer, holder) -> signed share digests
+    acks: dict[str, bytes] = field(default_factory=dict)
+    confirmed: set[str] = field(default_factory=set)  # clients that have seen the acknowledgements
+    round: int = 0
+    layout: Layout | None = None
+    context: bytes = b""
+    uploads: dict[str, Envelope] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    outbound: dict[str, bytes] = field(default_factory=dict)  # of the current phase
+    inbox: dict[str, Envelope] = field(default_factory=dict)  # valid replies of the current phase
+    earlier_faults: int = 0  # how many of `faults` are from earlier phases
+
+    @property
+    def transcript(self) -> bytes:
+        return self.roster.transcript(self.dealers) if self.roster and self.dealers else b""
+
+    @property
+    def phase_faults(self) -> list[Fault]:
+        return self.faults[self.earlier_faults :]
+
+    def begin_phase(self, outbound: dict[str, bytes]) -> None:
+        self.outbound, self.inbox, self.earlier_faults = outbound, {}, len(self.faults)
+
+
+def dump(state: CoordinatorState, min_cohort: int, release: str, epoch: CoordinatorEpoch) -> bytes:
+    p = epoch.parameters
+    return cbor.encode(
+        {
+            "version": STATE_VERSION,
+            "state": state.value,
+            "min_cohort": min_cohort,
+            "release": release,
+            "parameters": [p.session, p.epoch, list(p.clients), p.threshold, p.rounds, p.ring_bits],
+            "bundles": [bundle.raw for bundle in epoch.roster.bundles] if epoch.roster else [],
+            "dealers": list(epoch.dealers),
+            "digests": [[dealer, holder, value] for (dealer, holder), value in epoch.digests.items()],
+            "acks": epoch.acks,
+            "confirmed": sorted(epoch.confirmed),
+            "round": epoch.round,
+            "layout": [epoch.layout.ring_bits, epoch.layout.describe()] if epoch.layout else [],
+            "context": epoch.context,
+            "uploads": {name: envelope.raw for name, envelope in epoch.uploads.items()},
+            "faults": [[f.party, f.kind, f.code, f.reason] for f in epoch.faults],
+            "outbound": epoch.outbound,
+            "inbox": {name: envelope.raw for name, envelope in epoch.inbox.items()},
+            "earlier_faults": epoch.earlier_faults,
+        }
+    )
+
+
+def load(data: bytes, directory: Directory) -> tuple[CoordinatorState, int, Any, CoordinatorEpoch]:
+    """(state, min_cohort, release, epoch); raises `CorruptState` for anything `dump` did not write."""
+    try:
+        fields = cbor.decode(data)
+        if fields["version"] != STATE_VERSION:
+            raise CorruptState(
+                f"coordinator state is of version {fields['version']!r:.20}, this is {STATE_VERSION}"
+            )
+        return (
+            CoordinatorState(fields["state"]),
+            fields["min_cohort"],
+            fields["release"],
+            _load(fields, directory),
+        )
+    except (ValueError, KeyError, TypeError, IndexError, ProtocolError) as error:
+        if isinstance(error, CorruptState):
+            raise
+        raise CorruptState(f"coordinator state cannot be read: {type(error).__name__}") from None
+
+
+def _load(fields: Mapping[str, Any], directory: Directory) -> CoordinatorEpoch:
+    session, number, clients, threshold, rounds, ring_bits = fields["parameters"]
+    parameters = EpochParameters(session, number, tuple(clients), threshold, rounds, ring_bits)
+    bundles = [
+        open_bundle(raw, named_sender(raw, COORDINATOR), parameters, directory) for raw in fields["bundles"]
+    ]
+    layout = fields["layout"]
+    return CoordinatorEpoch(
+        parameters=parameters,
+        roster=Roster(parameters, tuple(bundles)) if bundles else None,
+        dealers=tuple(fields["dealers"]),
+        digests={(dealer, holder): value for dealer, holder, value in fields["digests"]},
+        acks=dict(fields["acks"]),
+        confirmed=set(fields["confirmed"]),
+        round=fields["round"],
+        layout=Layout.from_description(layout[1], layout[0]) if layout else None,
+        context=fields["context"],
+        uploads={name: parse(raw, name) for name, raw in fields["uploads"].items()},
+        faults=[Fault(*fault) for fault in fields["faults"]],
+        outbound=dict(fields["outbound"]),
+        inbox={name: parse(raw, name) for name, raw in fields["inbox"].items()},
+        earlier_faults=fields["earlier_faults"],
+    )

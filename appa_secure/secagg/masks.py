@@ -1,0 +1,57 @@
+"""Mask expansion: AES-256-CTR keystreams added in Z_2^32 or Z_2^64.
+
+Nonce discipline: every keystream has a key of its own, derived for (pair or party, round, transcript, coding,
+context), and
+starts at counter zero. A key is used for one vector and forgotten, so no keystream can meet two payloads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
+
+from .keys import bind, expand
+
+RingVector = NDArray[np.unsignedinteger[Any]]
+
+CHUNK_BYTES = 256 * 1024  # stays in the second-level cache
+_ZEROS = bytes(CHUNK_BYTES)
+_COUNTER = bytes(16)
+
+
+def ring_dtype(ring_bits: int) -> np.dtype[Any]:
+    """Little-endian uint32 or uint64: the wire format and the arithmetic at once."""
+    return np.dtype({32: "<u4", 64: "<u8"}[ring_bits])
+
+
+def mask_key(seed: bytes, round_id: int, coding: bytes, context: bytes) -> bytes:
+    """AES key of one keystream. `seed` is already bound to session, epoch, round, transcript and parties; the
+    fixed-point
+    coding and the round's context are added here, so parties that disagree on either produce masks that do
+    not cancel."""
+    return expand(seed, bind("mask", round_id, coding, context))
+
+
+def apply_masks(vector: RingVector, add: Sequence[bytes], subtract: Sequence[bytes]) -> None:
+    """In place: vector += sum of keystreams of the keys in `add` - those of `subtract`, modulo 2^ring_bits.
+
+    Chunk by chunk over all keys, so that a chunk of the vector is in cache for all of them.
+    """
+    streams = [
+        (Cipher(algorithms.AES(key), modes.CTR(_COUNTER)).encryptor(), operation)
+        for keys, operation in ((add, np.add), (subtract, np.subtract))
+        for key in keys
+    ]
+    step = min(CHUNK_BYTES // vector.itemsize, vector.size)
+    scratch = bytearray(step * vector.itemsize)
+    stream = np.frombuffer(scratch, dtype=vector.dtype)
+    zeros = memoryview(_ZEROS)
+    for start in range(0, vector.size, step or 1):
+        part = vector[start : start + step]
+        for encryptor, operation in streams:
+            encryptor.update_into(zeros[: part.nbytes], scratch)
+            operation(part, stream[: part.size], out=part)

@@ -1,0 +1,120 @@
+"""Shamir secret sharing (Shamir 1979) of many 32-byte secrets at once over the prime field of p = 2^31 - 1.
+
+A secret is nine little-endian limbs of 30 bits; each limb is the constant term of its own random polynomial
+of degree t - 1.
+A share is the nine values at one non-zero point: 36 bytes, whatever t and n. Any t - 1 shares are independent
+of the secret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import BadParameters
+from .keys import Rng
+
+PRIME = 2**31 - 1
+LIMB_BITS = 30
+LIMBS = 9
+SECRET_BYTES = 32
+SHARE_BYTES = 4 * LIMBS
+MAX_POINT = 2**16
+
+_WEIGHTS = (np.uint32(1) << np.arange(LIMB_BITS, dtype=np.uint32)).astype(np.uint32)
+
+
+def share(secrets: NDArray[np.uint8], threshold: int, points: int, rng: Rng) -> NDArray[np.uint32]:
+    """Shares of S secrets for the points x = 1..points.
+
+    `secrets` is (S, 32); the result is (points, S, 9), row x - 1 belonging to point x. Needs 1 <= threshold
+    <= points.
+    """
+    if not 1 <= threshold <= points <= MAX_POINT:
+        raise BadParameters(
+            f"threshold {threshold} of {points} points: needs 1 <= threshold <= points <= {MAX_POINT}"
+        )
+    if secrets.ndim != 2 or secrets.shape[1] != SECRET_BYTES or secrets.dtype != np.uint8:
+        raise BadParameters(f"secrets have shape {secrets.shape}, need (S, {SECRET_BYTES}) bytes")
+    limbs = _to_limbs(secrets)  # (S, 9)
+    coefficients = _uniform((threshold - 1, *limbs.shape), rng)  # (t-1, S, 9)
+    x = np.arange(1, points + 1, dtype=np.uint64)[:, None, None]
+    values = np.zeros((points, *limbs.shape), dtype=np.uint64)
+    for row in coefficients:  # Horner, highest power first; x * value < 2^16 * 2^31
+        values = (values + row) * x % PRIME
+    values = (values + limbs) % PRIME
+    return values.astype(np.uint32)
+
+
+def combine(points: Sequence[int], shares: NDArray[np.uint32]) -> list[bytes | None]:
+    """Secrets from exactly the given shares: `shares` is (len(points), S, 9) with distinct points.
+
+    None where the result is not 32 bytes in limbs, which no honestly dealt secret is. A wrong share otherwise
+    gives a wrong
+    secret: the caller checks each against its commitment.
+    """
+    total = np.zeros(shares.shape[1:], dtype=np.uint64)
+    for weight, row in zip(_lagrange(tuple(points)), shares, strict=True):
+        total += row.astype(np.uint64) * np.uint64(weight) % np.uint64(PRIME)
+    return _from_limbs((total % np.uint64(PRIME)).astype(np.uint32))
+
+
+def pack(shares: NDArray[np.uint32]) -> bytes:
+    """Shares as little-endian bytes, 36 per secret."""
+    return shares.astype("<u4", copy=False).tobytes()
+
+
+def unpack(data: bytes, count: int) -> NDArray[np.uint32] | None:
+    """(count, 9) shares, or None when the size is wrong or a value is not in the field."""
+    if len(data) != count * SHARE_BYTES:
+        return None
+    shares = np.frombuffer(data, dtype="<u4").reshape(count, LIMBS)
+    if shares.size and int(shares.max()) >= PRIME:
+        return None
+    return shares
+
+
+@lru_cache(maxsize=64)
+def _lagrange(points: tuple[int, ...]) -> tuple[int, ...]:
+    """Weights of f(0) = sum_i w_i f(x_i) mod p."""
+    if len(set(points)) != len(points) or not all(0 < x <= MAX_POINT for x in points):
+        raise BadParameters("points to combine must be distinct and positive")
+    weights = []
+    for x in points:
+        above = below = 1
+        for other in points:
+            if other != x:
+                above = above * other % PRIME
+                below = below * (other - x) % PRIME
+        weights.append(above * pow(below, -1, PRIME) % PRIME)
+    return tuple(weights)
+
+
+def _uniform(shape: tuple[int, ...], rng: Rng) -> NDArray[np.uint64]:
+    """Uniform field elements: 31 random bits each, redrawn when they equal p."""
+    count = int(np.prod(shape))
+    values = np.frombuffer(rng(4 * count), dtype="<u4") & np.uint32(PRIME)
+    while np.any(bad := values == PRIME):
+        values = values.copy()
+        values[bad] = np.frombuffer(rng(4 * int(bad.sum())), dtype="<u4") & np.uint32(PRIME)
+    return values.astype(np.uint64).reshape(shape)
+
+
+def _to_limbs(secrets: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    bits = np.unpackbits(secrets, axis=1, bitorder="little")
+    padded = np.zeros((len(secrets), LIMBS * LIMB_BITS), dtype=np.uint32)
+    padded[:, : bits.shape[1]] = bits
+    return (padded.reshape(-1, LIMBS, LIMB_BITS) @ _WEIGHTS).astype(np.uint64)
+
+
+def _from_limbs(limbs: NDArray[np.uint32]) -> list[bytes | None]:
+    top_bits = 8 * SECRET_BYTES - LIMB_BITS * (LIMBS - 1)
+    valid = np.all(limbs < 2**LIMB_BITS, axis=1) & (limbs[:, -1] < 2**top_bits)
+    # 30-bit limbs to a bit string: take each as 4 bytes and drop the upper two bits
+    raw = np.ascontiguousarray(limbs.astype("<u4")).view(np.uint8).reshape(len(limbs), LIMBS, 4)
+    bits = np.unpackbits(raw, axis=2, bitorder="little")[:, :, :LIMB_BITS].reshape(len(limbs), -1)
+    secrets = np.packbits(bits[:, : 8 * SECRET_BYTES], axis=1, bitorder="little")
+    return [row.tobytes() if ok else None for row, ok in zip(secrets, valid, strict=True)]

@@ -1,0 +1,230 @@
+"""Messages on the wire.
+
+A message is the canonical CBOR array [payload, signature]. The payload is the canonical CBOR map
+{version, type, session, epoch, round, sender, body}; the signature is Ed25519 over bind("message",
+SHA-256(payload)), so it
+covers every field of the envelope. Bodies have a fixed set of fields per type (`BODIES`).
+
+Client messages are signed. Coordinator messages carry an empty signature: the coordinator is not trusted, a
+client acts on
+nothing in them that it has not checked against signed client messages or its own policy, so whoever forges
+one is no
+stronger than a dishonest coordinator. Confidentiality towards the network is the transport's (TLS).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from . import cbor
+from .errors import BadEncoding, BadParameters, BadSignature, UnknownParty, WrongEpoch
+from .keys import COORDINATOR, VERSION, Directory, IdentityKey, bind
+
+SIGNATURE_BYTES = 64
+MAX_SESSION_BYTES = 64
+
+PROPOSE, BUNDLE = "propose", "bundle"
+ROSTER, SHARES, PACKET = "roster", "shares", "packet"
+START, ACK = "start", "ack"
+ROUND, UPLOAD = "round", "upload"
+UNMASK, ANSWER = "unmask", "answer"
+CLOSE, REFUSAL = "close", "refusal"
+
+# Field forms: uint, text, bytes (any length), bytes:N (exactly N), [text], [bytes]
+BODIES: dict[str, dict[str, str]] = {
+    PROPOSE: {"clients": "[text]", "threshold": "uint", "rounds": "uint", "ring_bits": "uint"},
+    BUNDLE: {
+        "proposal": "bytes:32",
+        "encryption_key": "bytes:32",
+        "mask_keys": "bytes",
+        "commitments": "bytes",
+    },
+    ROSTER: {"bundles": "[bytes]"},
+    SHARES: {"roster": "bytes:32", "packets": "[bytes]"},
+    PACKET: {
+        "to": "text",
+        "roster": "bytes:32",
+        "nonce": "bytes:12",
+        "ciphertext": "bytes",
+        "digests": "bytes",
+    },
+    START: {"dealers": "[text]", "packets": "[bytes]"},
+    ACK: {"transcript": "bytes:32"},
+    ROUND: {"coding": "bytes:32", "context": "bytes:32", "acks": "[bytes]"},
+    UPLOAD: {"coding": "bytes:32", "context": "bytes:32", "vector": "bytes"},
+    UNMASK: {"survivors": "[text]", "dropped": "[text]"},
+    ANSWER: {"survivors": "bytes", "dropped": "bytes"},
+    CLOSE: {},
+    REFUSAL: {"refused": "text", "code": "text", "reason": "text"},
+}
+
+_ENVELOPE = {
+    "version": "uint", "type": "text", "session": "bytes", "epoch": "uint", "round": "uint", "sender": "text",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A structurally valid message. Its signature has NOT been checked unless `verify` was called on it."""
+
+    type: str
+    session: bytes
+    epoch: int
+    round: int
+    sender: str
+    body: Mapping[str, Any]
+    payload: bytes
+    signature: bytes
+    raw: bytes
+
+
+def seal(
+    type_: str,
+    session: bytes,
+    epoch: int,
+    round_id: int,
+    sender: str,
+    body: Mapping[str, Any],
+    identity: IdentityKey | None,
+) -> bytes:
+    """The message as bytes; signed when `identity` is given (clients), unsigned otherwise (coordinator)."""
+    payload = cbor.encode(
+        {
+            "version": VERSION,
+            "type": type_,
+            "session": session,
+            "epoch": epoch,
+            "round": round_id,
+            "sender": sender,
+            "body": body,
+        }
+    )
+    return cbor.encode([payload, identity.sign(_signed(payload)) if identity else b""])
+
+
+def parse(raw: bytes, sender: str) -> Envelope:
+    """Decode a message that arrived from `sender`; raises `BadEncoding` naming it for anything but the
+    canonical form.
+    """
+    try:
+        outer = cbor.decode(raw)
+        if not (
+            isinstance(outer, list) and len(outer) == 2 and all(isinstance(part, bytes) for part in outer)
+        ):
+            raise BadEncoding(sender, "message is not [payload, signature]")
+        payload, signature = outer
+        fields = cbor.decode(payload)
+    except cbor.NotCanonical as error:
+        raise BadEncoding(sender, f"message: {error}") from None
+    if not isinstance(fields, dict):
+        raise BadEncoding(sender, "payload is not a map")
+    if fields.get("version") != VERSION:
+        raise BadEncoding(
+            sender, f"protocol version {fields.get('version')!r:.40}, this side speaks {VERSION}"
+        )
+    body = fields.pop("body", None)
+    _check_fields(sender, "envelope", fields, _ENVELOPE)
+    forms = BODIES.get(fields["type"])
+    if forms is None:
+        raise BadEncoding(sender, f"unknown message type {fields['type']!r:.40}")
+    if not isinstance(body, dict):
+        raise BadEncoding(sender, f"{fields['type']}: body is missing or not a map")
+    _check_fields(sender, fields["type"], body, forms)
+    if fields["sender"] != sender:
+        raise BadEncoding(sender, f"message names {fields['sender']!r:.80} as its sender")
+    if not 0 < len(fields["session"]) <= MAX_SESSION_BYTES:
+        raise BadEncoding(
+            sender, f"session has {len(fields['session'])} bytes, allowed 1..{MAX_SESSION_BYTES}"
+        )
+    if len(signature) != (0 if sender == COORDINATOR else SIGNATURE_BYTES):
+        raise BadEncoding(sender, f"signature has {len(signature)} bytes")
+    return Envelope(
+        fields["type"],
+        fields["session"],
+        fields["epoch"],
+        fields["round"],
+        sender,
+        body,
+        payload,
+        signature,
+        raw,
+    )
+
+
+def verify(envelope: Envelope, directory: Directory) -> None:
+    """Raise unless the envelope's sender is in the directory and signed it."""
+    if envelope.sender not in directory:
+        raise UnknownParty(envelope.sender, "not in the provisioned directory")
+    if not directory.verifies(envelope.sender, _signed(envelope.payload), envelope.signature):
+        raise BadSignature(envelope.sender, f"signature on its {envelope.type} message does not verify")
+
+
+def expect(envelope: Envelope, type_: str, session: bytes, epoch: int, round_id: int = 0) -> None:
+    """Raise unless the envelope is of this type, session, epoch and round."""
+    if envelope.type != type_:
+        raise BadEncoding(envelope.sender, f"sent a {envelope.type} message where {type_} was due")
+    if (envelope.session, envelope.epoch) != (session, epoch):
+        raise WrongEpoch(
+            envelope.sender, f"{type_} for another session or epoch {envelope.epoch}, current is {epoch}"
+        )
+    if envelope.round != round_id:
+        raise WrongEpoch(envelope.sender, f"{type_} for round {envelope.round}, due is {round_id}")
+
+
+@lru_cache(maxsize=2)  # dispatching and handling look at the same message
+def peek(raw: bytes) -> Envelope:
+    """A coordinator message: structure checked, nothing believed."""
+    return parse(raw, COORDINATOR)
+
+
+def named_sender(raw: bytes, carrier: str) -> str:
+    """The sender named inside a relayed message, to be confirmed by `parse` and `verify`; errors blame the
+    carrier.
+    """
+    try:
+        outer = cbor.decode(raw)
+        fields = (
+            cbor.decode(outer[0])
+            if isinstance(outer, list) and outer and isinstance(outer[0], bytes)
+            else None
+        )
+    except cbor.NotCanonical as error:
+        raise BadEncoding(carrier, f"relayed message: {error}") from None
+    sender = fields.get("sender") if isinstance(fields, dict) else None
+    if not isinstance(sender, str):
+        raise BadEncoding(carrier, "relayed message names no sender")
+    return sender
+
+
+def check_session(session: bytes) -> None:
+    """Session ids: 1..64 bytes."""
+    if not 0 < len(session) <= MAX_SESSION_BYTES:
+        raise BadParameters(f"session id has {len(session)} bytes, allowed 1..{MAX_SESSION_BYTES}")
+
+
+def _signed(payload: bytes) -> bytes:
+    return bind("message", hashlib.sha256(payload).digest())
+
+
+def _check_fields(sender: str, where: str, fields: Mapping[str, Any], forms: Mapping[str, str]) -> None:
+    if fields.keys() != forms.keys():
+        unknown, missing = sorted(fields.keys() - forms.keys()), sorted(forms.keys() - fields.keys())
+        raise BadEncoding(sender, f"{where}: unknown fields {unknown!r:.80}, missing fields {missing}")
+    for name, form in forms.items():
+        if not _has_form(fields[name], form):
+            raise BadEncoding(sender, f"{where}: field '{name}' is not {form}")
+
+
+def _has_form(value: Any, form: str) -> bool:
+    if form == "uint":
+        return isinstance(value, int)
+    if form == "text":
+        return isinstance(value, str)
+    if form.startswith("bytes"):
+        return isinstance(value, bytes) and (form == "bytes" or len(value) == int(form[6:]))
+    kind = str if form == "[text]" else bytes
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
