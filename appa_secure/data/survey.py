@@ -287,7 +287,8 @@ def split_members(group: GroupData, members: int, seed: int) -> tuple[GroupData,
         for i, size in enumerate(sizes):
             share = left if i == members - 1 else rng.multivariate_hypergeometric(left, size)
             left = left - share
-            parts[i][qid] = share + (counts - whole if i == lucky else 0.0)
+            rest = counts - whole if i == lucky else np.zeros_like(counts)
+            parts[i][qid] = np.asarray(share + rest, dtype=np.float64)
     for name, part in zip(names, parts, strict=True):
         if sum(float(counts.sum()) for counts in part.values()) <= 0:
             raise DataError(f"group {group.name!r}: too few answers for {members} members, {name!r} has none")

@@ -151,7 +151,7 @@ def _positions(names: tuple[str, ...], conflict: float, minority: float, seed: i
     rows = [np.array(GROUPS[n]) + _group_rng(seed, n, 1).normal(0.0, JITTER, len(AXES)) for n in names]
     profile = np.stack(rows)  # (G, A)
     centered = profile - profile.mean(axis=0)
-    positions = conflict * DISTANCE * centered
+    positions: FloatArray = conflict * DISTANCE * centered
     if len(names) > 1 and minority > 0:
         away = centered[-1] - centered[:-1].mean(axis=0)
         positions[-1] += minority * MINORITY_DISTANCE * away / max(float(np.linalg.norm(away)), 1e-9)
