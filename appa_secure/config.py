@@ -110,9 +110,11 @@ class PredictorConfig(Section):
     ff: Count = _about(128, "width of the feed-forward layers")
     mlp_depth: Count = _about(4, "layers of the input network")
     rounds: Count = _about(100, "federated rounds")
-    local_steps: Count = _about(6, "DP-SGD steps per client and round")
-    lr: Positive = _about(3e-4, "clients' learning rate (Adam)")
-    server_lr: Positive = _about(1.0, "step along the averaged update")
+    local_steps: Count = _about(1, "DP-SGD steps per client and round")
+    questions_per_step: Count = _about(64, "training questions asked in one step; public, each once per pass")
+    context_per_step: Count = _about(4, "context questions shown to the predictor in one training step")
+    lr: Positive = _about(0.1, "clients' learning rate (SGD); matters only with several local steps")
+    server_lr: Positive = _about(3e-3, "coordinator's learning rate (Adam on the averaged update)")
 
 
 class LoraConfig(Section):

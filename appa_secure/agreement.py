@@ -1,0 +1,231 @@
+"""What the parties of a run agree on beforehand: public, the same at every site, and digested into the set-up message.
+
+Each site derives it from its own configuration, so a client takes none of its safety parameters (threshold, cohort,
+ranges, release policy, privacy plan) from the coordinator; it only checks that the coordinator's digest is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from appa_secure.aggregation import AggregationSpec, segments
+from appa_secure.config import Config
+from appa_secure.data import Question, Split
+from appa_secure.journal import canonical_json
+from appa_secure.predictor import PredictorShape, PreferencePredictor
+from appa_secure.privacy.accounting import GaussianEvent, calibrate
+from appa_secure.privacy.ledger import Budget
+from appa_secure.privacy.plan import TrainingPlan
+from appa_secure.rewards import task_of
+from appa_secure.secagg.fixedpoint import Layout, Segment
+from appa_secure.secagg.keys import Directory
+from appa_secure.secagg.policy import ClientPolicy, threshold_for
+
+PREDICTOR = "predictor"
+REWARD = "reward"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """See the module docstring. `truth` and `secure_rng` are each site's own choice and not part of the digest."""
+
+    plan: TrainingPlan
+    budget: Budget
+    context_noise: float
+    questions: Mapping[str, Question]
+    reward: str
+    aggregation: AggregationSpec
+    predictor: PredictorShape
+    groups: Mapping[str, str]  # client id -> group
+    directory: Directory
+    mode: str  # blind, cohort or clear
+    release: str  # abort or recover, for rewards
+    threshold: float
+    min_cohort: int
+    ring_bits: int
+    rounds_per_epoch: int
+    embedder: str
+    secure_rng: bool = field(default=False, compare=False)
+    truth: bool = field(default=False, compare=False)
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Client ids, sorted."""
+        return tuple(sorted(self.groups))
+
+    @property
+    def question_order(self) -> tuple[str, ...]:
+        """All question ids in the survey's order, to which respondents' rows refer."""
+        return tuple(self.questions)
+
+    @property
+    def clear(self) -> bool:
+        """No masks: the coordinator sees every group's vector; for comparison only."""
+        return self.mode == "clear"
+
+    @property
+    def cohort(self) -> bool:
+        """Sums inside each group; the coordinator sees one mean per group."""
+        return self.mode == "cohort"
+
+    @cached_property
+    def task(self) -> str:
+        """The answer format the reward reads: dpa, opa or choice."""
+        return task_of(self.reward)
+
+    @cached_property
+    def predictor_size(self) -> int:
+        """Number of parameters of the predictor."""
+        return sum(p.numel() for p in PreferencePredictor(self.predictor).parameters())
+
+    @cached_property
+    def predictor_layout(self) -> Layout:
+        """Range of one client's pseudo-gradient per coordinate: 16 clipping norms per local step.
+
+        A private step's mean gradient is at most a little longer than the clipping norm, plus noise; a value beyond the
+        range is refused by the client, not clipped.
+        """
+        reach = 16.0 * max(self.plan.clip, 1.0) * self.plan.local_steps
+        return Layout((Segment("update", self.predictor_size, -reach, reach),), self.ring_bits)
+
+    def reward_layout(self, batch: int) -> Layout:
+        """What one client sends for `batch` rollouts."""
+        if self.cohort:
+            return Layout((Segment("r", batch, 0.0, 1.0),), self.ring_bits)
+        # The smooth minimum and maximum span e^32: the few fractional bits left are ample, since they enter a logarithm.
+        sharp = self.aggregation.kind in ("min", "max")
+        parts = segments(self.aggregation, batch)
+        return Layout(
+            tuple(Segment(n, size, lo, hi, 0 if sharp and n == "E" else 8) for n, size, lo, hi in parts), self.ring_bits
+        )
+
+    def sessions(self, client: str) -> dict[str, tuple[Directory, ClientPolicy]]:
+        """The secure-aggregation sessions a client takes part in: name -> (directory, the client's own policy)."""
+        everyone = ClientPolicy(
+            self.min_cohort, self.threshold, self.ring_bits, self.rounds_per_epoch, self.predictor_release
+        )
+        if not self.cohort:
+            policy = ClientPolicy(self.min_cohort, self.threshold, self.ring_bits, self.rounds_per_epoch, self.release)  # type: ignore[arg-type]
+            return {PREDICTOR: (self.directory, everyone), REWARD: (self.directory, policy)}
+        members = self.members(self.groups[client])
+        policy = ClientPolicy(self.min_cohort, self.threshold, self.ring_bits, self.rounds_per_epoch, self.release)  # type: ignore[arg-type]
+        return {PREDICTOR: (self.directory, everyone), self.reward_session(self.groups[client]): (members, policy)}
+
+    @property
+    def predictor_release(self) -> str:
+        """Partial sums of predictor updates may be opened: each update alone is differentially private.
+
+        Without privacy they follow the policy of the rewards.
+        """
+        return "recover" if self.plan.private else self.release
+
+    def members(self, group: str) -> Directory:
+        """Directory of one group's clients."""
+        return Directory({c: self.directory[c] for c in self.clients if self.groups[c] == group})
+
+    def reward_session(self, group: str | None = None) -> str:
+        """Name of the session in which a reward vector travels."""
+        return REWARD if not self.cohort else f"{REWARD}/{group}"
+
+    def session_id(self, session: str) -> bytes:
+        """The bytes that name a session in every key derivation of this run."""
+        return hashlib.sha256(f"{self.plan.run}/{session}".encode()).digest()[:16]
+
+    def threshold_of(self, parties: int) -> int:
+        """Number of clients whose shares open a sum of `parties`."""
+        return threshold_for(parties, self.threshold)
+
+    def digest(self) -> bytes:
+        """SHA-256 over everything agreed."""
+        plan, spec = self.plan, self.aggregation
+        return hashlib.sha256(
+            canonical_json(
+                {
+                    "plan": {k: getattr(plan, k) for k in plan.__dataclass_fields__},
+                    "budget": [self.budget.epsilon, self.budget.delta, self.budget.accountant, self.budget.unit],
+                    "context_noise": self.context_noise,
+                    "questions": [[q.qid, q.text, q.options, q.ordinals] for q in self.questions.values()],
+                    "reward": self.reward,
+                    "aggregation": {k: getattr(spec, k) for k in spec.__dataclass_fields__},
+                    "predictor": {k: getattr(self.predictor, k) for k in self.predictor.__dataclass_fields__},
+                    "groups": dict(self.groups),
+                    "directory": self.directory.digest().hex(),
+                    "secagg": [
+                        self.mode, self.release, self.threshold, self.min_cohort, self.ring_bits, self.rounds_per_epoch,
+                    ],
+                    "embedder": self.embedder,
+                }
+            )
+        ).digest()  # fmt: skip
+
+
+def make_plan(config: Config, run: str, split: Split) -> TrainingPlan:
+    """The training plan, with the least noise that keeps context and training within privacy.epsilon.
+
+    Raises PrivacyError when no noise does.
+    """
+    p, t = config.privacy, config.predictor
+
+    def plan(noise: float) -> TrainingPlan:
+        return TrainingPlan(
+            run=run, seed=config.seed, train=split.train, context=split.context, rounds=t.rounds,
+            local_steps=t.local_steps, questions_per_step=min(t.questions_per_step, len(split.train)),
+            context_per_step=min(t.context_per_step, len(split.context)), lr=t.lr, private=p.enabled, unit=p.unit,
+            clip=p.clip, sample_rate=p.sample_rate, noise_multiplier=noise, answers_per_unit=p.answers_per_unit,
+        )  # fmt: skip
+
+    draft = plan(0.0)
+    if not p.enabled:
+        return draft
+    fixed = [GaussianEvent(context_multiplier(config), 1.0, 1)]
+    return plan(calibrate(p.epsilon, p.delta, p.accountant, fixed, p.sample_rate, draft.participations(t.rounds)))
+
+
+def context_multiplier(config: Config) -> float:
+    """Noise multiplier of the private context's release."""
+    spread = config.privacy.answers_per_unit**0.5 if config.privacy.unit == "respondent" else 1.0
+    return config.privacy.context_noise / spread
+
+
+def make_agreement(
+    config: Config,
+    run: str,
+    questions: Sequence[Question],
+    split: Split,
+    groups: Mapping[str, str],
+    directory: Directory,
+    embedding_size: int,
+    embedder: str,
+) -> Agreement:
+    """The agreement of a configured run. groups: client id -> group."""
+    s, p, a = config.secagg, config.privacy, config.aggregation
+    release = s.release if s.release != "auto" else ("recover" if s.mode == "cohort" else "abort")
+    return Agreement(
+        plan=make_plan(config, run, split),
+        budget=Budget(p.epsilon, p.delta, p.accountant, p.unit),
+        context_noise=p.context_noise,
+        questions={q.qid: q for q in questions},
+        reward=config.task.reward,
+        aggregation=AggregationSpec(
+            kind=a.kind, variant=a.variant, tau=a.tau, temperature=a.temperature, decay=a.decay, a=a.a, fi=a.fi,
+            fi_scope=a.fi_scope, sharpness=a.sharpness,
+        ),
+        predictor=PredictorShape(
+            embedding_size, config.predictor.dim, config.predictor.layers, config.predictor.heads, config.predictor.ff,
+            config.predictor.mlp_depth,
+        ),
+        groups=dict(groups),
+        directory=directory,
+        mode=s.mode,
+        release=release,
+        threshold=s.threshold,
+        min_cohort=s.min_cohort,
+        ring_bits=s.ring_bits,
+        rounds_per_epoch=s.rounds_per_epoch,
+        embedder=embedder,
+        secure_rng=p.secure_rng,
+        truth=config.evaluation.truth,
+    )  # fmt: skip

@@ -1,0 +1,147 @@
+"""The preference predictor: the GPO transformer of PluralLLM (Zhao et al., ICLR 2024; arXiv 2503.09925).
+
+A point is a pair (x, y): x the embedding of "question + option" (E,), y the share of a group that prefers this
+option. Given a group's *context* points the network predicts, for the options of another question, the group's
+distribution over them. It is a neural process: no positional encoding, every point attends to context points only,
+so targets do not see each other and a question's prediction depends on that question and the context alone. That is
+what makes the training loss separable (threat_model: one record, one term), which per-example clipping needs.
+
+Two departures from GPO, both because targets are categorical here: the head returns one logit per option instead of
+(mean, log sigma), and the loss is the cross entropy of the softmax over a question's options. Parameters that feed
+only a sigma nobody uses would still be noised by DP-SGD.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class PredictorShape:
+    """Sizes of the network; the defaults are the published ones (APPA.md section 3)."""
+
+    embedding: int
+    dim: int = 128
+    layers: int = 6
+    heads: int = 4
+    ff: int = 128
+    mlp_depth: int = 4
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise ValueError(f"predictor.dim={self.dim} must be a multiple of predictor.heads={self.heads}")
+
+
+class _Layer(nn.Module):
+    """Pre-norm transformer layer in which every point attends to the context points."""
+
+    def __init__(self, shape: PredictorShape) -> None:
+        super().__init__()
+        d = shape.dim
+        self.heads = shape.heads
+        self.norm_attention = nn.LayerNorm(d)
+        # Plain Linear layers (not nn.MultiheadAttention) so that Opacus's per-example hooks apply as they are.
+        self.query, self.key, self.value, self.out = (nn.Linear(d, d) for _ in range(4))
+        self.norm_ff = nn.LayerNorm(d)
+        self.ff_in, self.ff_out = nn.Linear(d, shape.ff), nn.Linear(shape.ff, d)
+
+    def forward(self, points: Tensor, context: int) -> Tensor:
+        """points (B, C+K, d), the first `context` of them context points."""
+        b, n, d = points.shape
+        normed = self.norm_attention(points)
+        seen = normed[:, :context]
+        split = (b, -1, self.heads, d // self.heads)
+        q = self.query(normed).view(split).transpose(1, 2)  # (B, H, C+K, d/H)
+        k = self.key(seen).view(split).transpose(1, 2)  # (B, H, C, d/H)
+        v = self.value(seen).view(split).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d)
+        points = points + self.out(mixed)
+        return points + self.ff_out(F.gelu(self.ff_in(self.norm_ff(points))))
+
+
+class PreferencePredictor(nn.Module):
+    """GPO transformer over preference points; returns one logit per option."""
+
+    def __init__(self, shape: PredictorShape) -> None:
+        super().__init__()
+        self.shape = shape
+        sizes = [shape.embedding + 1] + [shape.dim] * shape.mlp_depth
+        steps: list[nn.Module] = []
+        for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+            steps += [nn.Linear(a, b)] + ([nn.GELU()] if i < shape.mlp_depth - 1 else [])
+        self.point = nn.Sequential(*steps)
+        self.layers = nn.ModuleList(_Layer(shape) for _ in range(shape.layers))
+        self.norm = nn.LayerNorm(shape.dim)
+        self.head = nn.Linear(shape.dim, 1)
+
+    def forward(self, context: Tensor, targets: Tensor) -> Tensor:
+        """Logits of the target options.
+
+        context: (B, C, E+1), the context points x with y appended; targets: (B, K, E). Returns (B, K).
+        """
+        unknown = targets.new_zeros(*targets.shape[:2], 1)  # the y of a target is what we ask for
+        points = self.point(torch.cat([context, torch.cat([targets, unknown], dim=2)], dim=1))
+        for layer in self.layers:
+            points = layer(points, context.shape[1])
+        logits: Tensor = self.head(self.norm(points[:, context.shape[1] :])).squeeze(2)
+        return logits
+
+
+def log_likelihood(logits: Tensor, mask: Tensor) -> Tensor:
+    """Log-softmax over a question's real options; logits, mask (B, K), padding gets -inf."""
+    return torch.log_softmax(logits.masked_fill(~mask, float("-inf")), dim=1)
+
+
+def context_points(embeddings: list[np.ndarray], shares: list[np.ndarray]) -> Tensor:
+    """Context points (C, E+1) from per-question option embeddings (K, E) and preference shares (K,)."""
+    rows = [np.concatenate([e, s[:, None]], axis=1) for e, s in zip(embeddings, shares, strict=True)]
+    return torch.from_numpy(np.concatenate(rows).astype(np.float32))
+
+
+def pad_options(embeddings: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Stack per-question option embeddings (K_i, E) to (Q, K, E) float32 and a mask (Q, K) of real options."""
+    width = max(len(e) for e in embeddings)
+    out = np.zeros((len(embeddings), width, embeddings[0].shape[1]), dtype=np.float32)
+    mask = np.zeros((len(embeddings), width), dtype=bool)
+    for i, e in enumerate(embeddings):
+        out[i, : len(e)], mask[i, : len(e)] = e, True
+    return torch.from_numpy(out), torch.from_numpy(mask)
+
+
+@torch.no_grad()
+def predict(model: PreferencePredictor, context: Tensor, embeddings: list[np.ndarray]) -> list[np.ndarray]:
+    """Predicted preference distributions, one (K_i,) float64 array per question.
+
+    context: (C, E+1) of one group; embeddings: per-question option embeddings (K_i, E).
+    """
+    model.eval()
+    targets, mask = pad_options(embeddings)
+    out: list[np.ndarray] = []
+    for start in range(0, len(embeddings), 128):
+        part, keep = targets[start : start + 128], mask[start : start + 128]
+        logits = model(context.expand(len(part), -1, -1), part)
+        p = log_likelihood(logits, keep).exp().double().numpy()
+        out += [row[m] / row[m].sum() for row, m in zip(p, keep.numpy(), strict=True)]
+    return out
+
+
+def flatten(model: nn.Module) -> np.ndarray:
+    """All parameters as one float32 vector (P,), in the order of `named_parameters`."""
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy().copy()
+
+
+def unflatten(model: nn.Module, vector: np.ndarray) -> None:
+    """Load a vector made by `flatten`. Raises ValueError when its length does not fit."""
+    size = sum(p.numel() for p in model.parameters())
+    if vector.shape != (size,):
+        raise ValueError(f"predictor vector has shape {vector.shape}, the network needs ({size},)")
+    flat, at = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32)), 0
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(flat[at : at + p.numel()].view_as(p))
+            at += p.numel()

@@ -1,0 +1,1 @@
+"""Differential privacy: noise, accounting, the ledger and the statement about it."""

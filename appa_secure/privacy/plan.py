@@ -1,0 +1,78 @@
+"""The training plan: everything about the predictor's DP-SGD that is public and the same on every client.
+
+Which questions a step looks at is fixed in advance and public (question texts are); which answers to them are used is
+a secret Poisson draw at the client. An answer to one question can therefore take part only in the steps that ask its
+question, and is charged for those alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from appa_secure.privacy.accounting import GaussianEvent
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """One federated training of the predictor.
+
+    train, context: question ids; noise_multiplier is 0 exactly when `private` is False.
+    """
+
+    run: str
+    seed: int
+    train: tuple[str, ...]
+    context: tuple[str, ...]
+    rounds: int
+    local_steps: int
+    questions_per_step: int
+    context_per_step: int
+    lr: float
+    private: bool
+    unit: str
+    clip: float
+    sample_rate: float
+    noise_multiplier: float
+    answers_per_unit: int
+
+    @cached_property
+    def steps_per_pass(self) -> int:
+        """Steps in which every training question occurs exactly once."""
+        return math.ceil(len(self.train) / self.questions_per_step)
+
+    def steps(self, round_index: int) -> list[tuple[list[str], list[str]]]:
+        """(training questions, context questions) of each local step of a round (0-based)."""
+        out = []
+        for step in range(round_index * self.local_steps, (round_index + 1) * self.local_steps):
+            turn, part = divmod(step, self.steps_per_pass)
+            order = np.random.default_rng([self.seed, 0xBA7C4, turn]).permutation(len(self.train))
+            chosen = np.array_split(order, self.steps_per_pass)[part]
+            shown = np.random.default_rng([self.seed, 0xC0C7, step]).permutation(len(self.context))
+            out.append(
+                ([self.train[i] for i in chosen], [self.context[i] for i in sorted(shown[: self.context_per_step])])
+            )
+        return out
+
+    def participations(self, rounds: int) -> int:
+        """Steps of the first `rounds` rounds that one unit can take part in.
+
+        A response or a record belongs to one question, which occurs once per pass; a respondent's answers may be
+        spread over all questions, so a respondent can take part in every step.
+        """
+        steps = rounds * self.local_steps
+        return steps if self.unit == "respondent" else math.ceil(steps / self.steps_per_pass)
+
+    def event(self, round_index: int) -> GaussianEvent:
+        """What the release of round `round_index` (0-based) adds to a unit's account."""
+        more = self.participations(round_index + 1) - self.participations(round_index)
+        return GaussianEvent(self.noise_multiplier, self.sample_rate, more)
+
+    def expected_batch(self, responses_per_question: float, questions: int) -> float:
+        """Expected number of sampled loss terms of a step that asks `questions` questions."""
+        if self.unit == "record":
+            return self.sample_rate * questions
+        return self.sample_rate * responses_per_question * questions

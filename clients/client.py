@@ -1,0 +1,300 @@
+"""One institution's client: coordinator messages in, replies out; the only holder of raw preferences.
+
+`Client.handle` is the whole interface. It validates a request, computes, writes its new state to its own store and only
+then returns the reply. A byte-identical repetition of the last request of a kind gets the identical reply, so a
+coordinator that crashed before storing an answer can ask again without a second release.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from appa_secure.agreement import Agreement
+from appa_secure.aggregation import contribution
+from appa_secure.data import GroupData
+from appa_secure.errors import AppaError, PrivacyError
+from appa_secure.messages import (
+    REPLIES,
+    REQUESTS,
+    Message,
+    digest,
+    pack,
+    pack_float,
+    unpack,
+    unpack_float,
+    unpack_vector,
+)
+from appa_secure.predictor import PreferencePredictor, context_points, predict, unflatten
+from appa_secure.privacy.accounting import GaussianEvent
+from appa_secure.privacy.ledger import Ledger
+from appa_secure.rewards import Scorer
+from appa_secure.secagg.client import ClientMachine
+from appa_secure.secagg.driver import respond
+from appa_secure.secagg.errors import BadEncoding, ProtocolError, RemoteMisbehaviour, ReplayedRound
+from appa_secure.secagg.keys import COORDINATOR, IdentityKey
+from appa_secure.tasks import parse
+from clients.context import private_context, raw_context, sensitivity
+from clients.store import ClientStore
+from clients.training import LocalTrainer
+
+
+@dataclass(frozen=True)
+class Refusal(AppaError):
+    """Internal: a request that this client's own configuration does not allow."""
+
+    code: str
+    reason: str
+
+
+class Client:
+    """State and answers of one client; see the module docstring."""
+
+    def __init__(
+        self,
+        client_id: str,
+        data: GroupData,
+        agreement: Agreement,
+        embeddings: Mapping[str, np.ndarray],
+        store: ClientStore,
+        identity: IdentityKey,
+        noise_key: bytes | None = None,
+        rng: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        """agreement: what this site agreed to, from its own configuration. noise_key: 32 bytes when the noise is to be
+        reproducible from the run's seed; None draws a secret one once (privacy.secure_rng)."""
+        self.client_id, self._data, self.agreement = client_id, data, agreement
+        self._embeddings, self._store, self._identity, self._rng = dict(embeddings), store, identity, rng
+        self._state = store.load()
+        if not self._state:
+            self._state = {
+                "noise_key": noise_key if noise_key is not None else rng(32),
+                "machines": {},
+                "answered": {},
+                "history": {},
+                "context": {},
+                "vector": {},
+            }
+        self._ledger = Ledger(store.ledger_path, client_id, agreement.budget) if agreement.plan.private else None
+        self._machines: dict[str, ClientMachine] = {}
+        self._model = PreferencePredictor(agreement.predictor)
+        self._trainer: LocalTrainer | None = None
+        self._scorer: Scorer | None = None
+        self._handlers: dict[str, Callable[[Mapping[str, Any]], bytes]] = {
+            "setup": self._setup,
+            "context": self._context,
+            "secagg": self._secagg,
+            "train": self._train,
+            "freeze": self._freeze,
+            "score": self._score,
+            "truth": self._truth,
+        }
+
+    def __repr__(self) -> str:
+        return f"Client({self.client_id!r})"
+
+    def handle(self, raw: bytes) -> bytes:
+        """Answer one request. What this client does not accept is answered with a refusal that says why."""
+        try:
+            request = unpack(REQUESTS, raw, COORDINATOR)
+            last = self._state["answered"].get(request.kind)
+            asked = hashlib.sha256(raw).digest()
+            if last is not None and last[0] == asked:
+                return bytes(last[1])
+            reply = self._answer(request)
+        except (ProtocolError, PrivacyError, Refusal) as error:
+            code = error.code if isinstance(error, ProtocolError | Refusal) else type(error).__name__
+            reason = error.reason if isinstance(error, Refusal) else str(error)
+            return pack(REPLIES, "refusal", code=code, reason=reason)
+        self._state["answered"][request.kind] = [asked, reply]
+        self._save()
+        return reply
+
+    def _answer(self, request: Message) -> bytes:
+        if request.kind != "setup" and not self._state.get("run"):
+            raise Refusal("OutOfOrder", f"{request.kind} before setup")
+        return self._handlers[request.kind](request.body)
+
+    def _save(self) -> None:
+        for session, machine in self._machines.items():
+            self._state["machines"][session] = machine.export_state()
+        self._store.save(self._state)
+
+    # -- set-up ----------------------------------------------------------------------------------------------------
+
+    def _setup(self, body: Mapping[str, Any]) -> bytes:
+        mine = self.agreement
+        if body["agreement"] != mine.digest():
+            raise Refusal("AgreementMismatch", "the coordinator's configuration of this run differs from this site's")
+        if body["run"] != mine.plan.run:
+            raise Refusal("AgreementMismatch", f"run {body['run']!r} is not the agreed {mine.plan.run!r}")
+        self._state["run"] = mine.plan.run
+        return pack(REPLIES, "setup")
+
+    def _context(self, body: Mapping[str, Any]) -> bytes:
+        a, plan = self.agreement, self.agreement.plan
+        sizes = {q: len(self._embeddings[q]) for q in plan.context}
+        rows: list[dict[str, Any]] = []
+        if not self._state["context"]:
+            if plan.private:
+                assert self._ledger is not None
+                spread = sensitivity(plan.unit, plan.answers_per_unit)
+                rows = [self._ledger.charge("context", GaussianEvent(a.context_noise / spread, 1.0, 1))]
+                shares, per_question = private_context(
+                    self._data, sizes, plan.unit, plan.answers_per_unit, a.context_noise, self._state["noise_key"],
+                    plan.run, a.question_order,
+                )  # fmt: skip
+            else:
+                shares, per_question = raw_context(self._data, sizes), 1.0
+            self._state["context"] = {q: s.tobytes() for q, s in shares.items()}
+            self._state["per_question"] = pack_float(per_question)
+        return pack(REPLIES, "context", ledger=json.dumps(rows).encode())
+
+    def _shares(self) -> dict[str, np.ndarray]:
+        if not self._state["context"]:
+            raise Refusal("OutOfOrder", "the private context has not been made yet")
+        return {q: np.frombuffer(self._state["context"][q]) for q in self.agreement.plan.context}
+
+    # -- secure aggregation ----------------------------------------------------------------------------------------
+
+    def _machine(self, session: str) -> ClientMachine:
+        if session not in self._machines:
+            sessions = self.agreement.sessions(self.client_id)
+            if session not in sessions:
+                raise Refusal("UnknownSession", f"session {session!r} is not one of {sorted(sessions)}")
+            directory, policy = sessions[session]
+            stored = self._state["machines"].get(session)
+            self._machines[session] = (
+                ClientMachine(self.client_id, self._identity, directory, policy, self._rng)
+                if stored is None
+                else ClientMachine.restore(stored, self.client_id, self._identity, directory, policy, self._rng)
+            )
+        return self._machines[session]
+
+    def _secagg(self, body: Mapping[str, Any]) -> bytes:
+        machine, message = self._machine(body["session"]), body["message"]
+        reply = respond(machine, message)
+        return pack(REPLIES, "secagg", message=reply or b"")
+
+    def _send(self, kind: str, body: Mapping[str, Any], vector: np.ndarray, layout: Any) -> bytes:
+        """The masked upload of `vector`; in clear mode its coding without masks."""
+        if self.agreement.clear:
+            return layout.preflight(len(self.agreement.clients)).encode_clear(vector).tobytes()
+        return self._machine(body["session"]).upload(
+            body["message"], vector, layout=layout, context=digest(kind, body)
+        )
+
+    # -- predictor -------------------------------------------------------------------------------------------------
+
+    def _train(self, body: Mapping[str, Any]) -> bytes:
+        plan, index = self.agreement.plan, body["round"]
+        if index >= plan.rounds:
+            raise Refusal("PlanExceeded", f"predictor round {index + 1}, the agreed plan has {plan.rounds}")
+        start = unpack_vector(body["parameters"], COORDINATOR, "train.parameters", self.agreement.predictor_size)
+        asked = hashlib.sha256(body["parameters"]).digest()
+        done = self._state["vector"]
+        if done and done["round"] > index:
+            raise ReplayedRound(COORDINATOR, f"predictor round {index + 1} was answered before")
+        if done and done["round"] == index and done["asked"] != asked:
+            raise ReplayedRound(COORDINATOR, f"predictor round {index + 1} was answered for other parameters")
+        rows: list[dict[str, Any]] = []
+        if self._ledger is not None:
+            rows = [self._ledger.charge(f"predictor/{index + 1}", plan.event(index))]
+        if done and done["round"] == index:
+            update = np.frombuffer(done["update"])  # asked again after a crash of the coordinator: same release
+        else:
+            update = self._local_trainer().round(start, index, self._model)
+            self._state["vector"] = {"round": index, "asked": asked, "update": update.tobytes()}
+        message = self._send("train", body, update, self.agreement.predictor_layout)
+        return pack(REPLIES, "train", message=message, ledger=json.dumps(rows).encode())
+
+    def _local_trainer(self) -> LocalTrainer:
+        if self._trainer is None:
+            per_question = unpack_float(self._state.get("per_question", b""), "own store", "per_question")
+            self._trainer = LocalTrainer(
+                self.agreement.plan, self._data, self._embeddings, self._shares(), per_question or 1.0,
+                self.agreement.question_order, self._state["noise_key"],
+            )  # fmt: skip
+        return self._trainer
+
+    def _freeze(self, body: Mapping[str, Any]) -> bytes:
+        """Compute this group's predicted preferences once; afterwards neither predictor nor updates are kept."""
+        vector = unpack_vector(body["parameters"], COORDINATOR, "freeze.parameters", self.agreement.predictor_size)
+        if self._state["history"]:
+            raise Refusal("OutOfOrder", "alignment has begun; the predictor cannot change any more")
+        unflatten(self._model, vector)
+        shares, plan, asked = self._shares(), self.agreement.plan, self.agreement.question_order
+        points = context_points([self._embeddings[q] for q in plan.context], [shares[q] for q in plan.context])
+        predicted = predict(self._model, points, [self._embeddings[q] for q in asked])
+        self._state["predicted"] = {q: p.tobytes() for q, p in zip(asked, predicted, strict=True)}
+        self._state["vector"] = {}
+        self._state["answered"].pop("train", None)
+        self._scorer = None
+        return pack(REPLIES, "freeze")
+
+    # -- alignment -------------------------------------------------------------------------------------------------
+
+    def _targets(self) -> Scorer:
+        """Rewards against this group's predicted preferences, which come from private artefacts only."""
+        if self._scorer is None:
+            if not self._state.get("predicted"):
+                raise Refusal("OutOfOrder", "no predictor yet")
+            questions = self.agreement.questions
+            self._scorer = Scorer(
+                self.agreement.reward,
+                {q: np.frombuffer(p) for q, p in self._state["predicted"].items()},
+                {q: question.ordinals for q, question in questions.items()},
+            )
+        return self._scorer
+
+    def _score(self, body: Mapping[str, Any]) -> bytes:
+        a, scorer, step = self.agreement, self._targets(), body["step"]
+        rewards = scorer.score(body["questions"], self._parsed(body))
+        history = self._committed(step, body["opened"])
+        if a.cohort:
+            vector = rewards
+        else:
+            z = unpack_float(body["z"], COORDINATOR, "score.z")
+            try:
+                vector, h = contribution(a.aggregation, rewards, history, z, len(a.clients))
+            except ValueError as error:
+                raise RemoteMisbehaviour(COORDINATOR, f"score: {error}") from None
+            self._state["history"].update(pending=pack_float(h), pending_step=step)
+        return pack(REPLIES, "score", message=self._send("score", body, vector, a.reward_layout(len(rewards))))
+
+    def _parsed(self, body: Mapping[str, Any]) -> list[np.ndarray]:
+        questions, answers = body["questions"], body["answers"]
+        if not questions or len(questions) != len(answers):
+            raise BadEncoding(COORDINATOR, "score: needs as many answers as questions, and at least one")
+        parsed = []
+        for qid, text in zip(questions, answers, strict=True):
+            question = self.agreement.questions.get(qid)
+            answer = parse(text, question, self.agreement.task) if question is not None else None
+            if answer is None:
+                raise BadEncoding(COORDINATOR, f"score: not an answer to a question of this survey ({qid!r:.80})")
+            parsed.append(answer)
+        return parsed
+
+    def _committed(self, step: int, opened: int) -> float | None:
+        """This group's history before `step`; the pending one counts once the coordinator says its step was opened."""
+        h = self._state["history"]
+        if h.get("pending") and opened == h["pending_step"]:
+            h.update(current=h.pop("pending"), step=h.pop("pending_step"))
+        if step <= h.get("step", 0):
+            raise ReplayedRound(COORDINATOR, f"alignment step {step} was opened before")
+        return unpack_float(h.get("current", b""), "own store", "history")
+
+    # -- measurement -----------------------------------------------------------------------------------------------
+
+    def _truth(self, body: Mapping[str, Any]) -> bytes:
+        """True distributions, for measuring a simulation. A site in deployment has evaluation.truth=false: refused."""
+        if not self.agreement.truth:
+            raise Refusal("NotAllowed", "evaluation.truth is off at this site: true distributions never leave it")
+        known = {q: self._data.distribution(q).tolist() for q in self.agreement.questions if self._data.has(q)}
+        return pack(REPLIES, "truth", distributions=json.dumps([known]).encode())

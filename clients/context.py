@@ -1,0 +1,91 @@
+"""The private context: one noisy release of a client's context answers, made once and kept at the client.
+
+The predictor is in-context: it reads a group's preferences at every reward query. Computing these points once with the
+Gaussian mechanism makes every later use of them post-processing. They still never leave the client, because whoever
+holds a group's context can compute that group's rewards (PRIVACY.md section 3.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from appa_secure.data import GroupData
+from appa_secure.privacy.noise import gaussian, sampler
+
+
+def sensitivity(unit: str, answers_per_unit: int) -> float:
+    """L2 sensitivity of the released context under add/remove of one privacy unit.
+
+    response: one count changes by 1. respondent: at most `answers_per_unit` counts, of different questions, change by
+    1 each. record: one question's distribution appears or disappears, and no distribution is longer than 1.
+    """
+    return math.sqrt(answers_per_unit) if unit == "respondent" else 1.0
+
+
+def private_context(
+    data: GroupData,
+    sizes: Mapping[str, int],
+    unit: str,
+    answers_per_unit: int,
+    noise: float,
+    key: bytes,
+    label: str,
+    question_order: Sequence[str],
+) -> tuple[dict[str, np.ndarray], float]:
+    """Noisy preference shares of the context questions, and the noisy mean number of answers per question.
+
+    sizes: context question -> number of options K, also for questions the group was never asked (released as noise, so
+    that having been asked is covered too). noise: standard deviation in counts (unit record: in shares).
+    Returns question -> (K,) shares on the simplex; and the mean over questions of the noisy totals, >= 1.
+    """
+    raw = _bounded_counts(data, sizes, unit, answers_per_unit, key, question_order)
+    flat = np.concatenate([raw[q] for q in sizes])
+    noisy = flat + gaussian(key, f"context/{label}", len(flat), noise)
+    shares, totals, at = {}, [], 0
+    for q, k in sizes.items():
+        shares[q] = to_simplex(noisy[at : at + k])
+        totals.append(noisy[at : at + k].sum())
+        at += k
+    return shares, max(1.0, float(np.mean(totals)))
+
+
+def raw_context(data: GroupData, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """True shares of the context questions, uniform where the group was not asked; for runs without privacy only."""
+    return {q: data.distribution(q) if data.has(q) else np.full(k, 1.0 / k) for q, k in sizes.items()}
+
+
+def to_simplex(counts: np.ndarray) -> np.ndarray:
+    """Non-negative part, normalised; uniform where nothing is positive. (K,) -> (K,)."""
+    positive = np.maximum(counts, 0.0)
+    total = positive.sum()
+    return positive / total if total > 0 else np.full(len(counts), 1.0 / len(counts))
+
+
+def _bounded_counts(
+    data: GroupData,
+    sizes: Mapping[str, int],
+    unit: str,
+    answers_per_unit: int,
+    key: bytes,
+    question_order: Sequence[str],
+) -> dict[str, np.ndarray]:
+    if unit == "record":
+        return {q: data.distribution(q) if data.has(q) else np.zeros(k) for q, k in sizes.items()}
+    if unit == "response":
+        return {q: data.counts[q] if data.has(q) else np.zeros(k) for q, k in sizes.items()}
+    assert data.responses is not None
+    counts = {q: np.zeros(k) for q, k in sizes.items()}
+    rng = sampler(key, "context-contribution-bound")
+    # A random order, then the first `answers_per_unit` answers of each person count and the others do not.
+    used: dict[int, set[str]] = {}
+    for row in rng.permutation(len(data.responses)):
+        person = int(data.responses.respondent[row])
+        question = question_order[int(data.responses.question[row])]
+        seen = used.setdefault(person, set())
+        if question in counts and question not in seen and len(seen) < answers_per_unit:
+            seen.add(question)
+            counts[question][int(data.responses.option[row])] += 1.0
+    return counts

@@ -1,0 +1,46 @@
+"""What one client keeps: its keys, its private state and its ledger, in a directory of its own.
+
+The directory never lies inside a run directory. State is written and fsynced before the answer that depends on it
+leaves the client; a client killed at any instant therefore never answers one round in two ways.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from appa_secure.errors import RunError
+from appa_secure.journal import atomic_write
+from appa_secure.secagg import cbor
+
+
+class ClientStore:
+    """A directory with `state.cbor` (secret) and `ledger.jsonl`."""
+
+    def __init__(self, root: Path) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        os.chmod(root, 0o700)
+        self.root = root
+        self.ledger_path = root / "ledger.jsonl"
+        self._path = root / "state.cbor"
+
+    def __repr__(self) -> str:
+        return f"ClientStore({self.root.name!r})"
+
+    def load(self) -> dict[str, Any]:
+        """The stored state, empty for a new client. Raises RunError when the file is damaged."""
+        if not self._path.exists():
+            return {}
+        try:
+            state = cbor.decode(self._path.read_bytes())
+        except cbor.NotCanonical as error:
+            raise RunError(f"{self.root.name}/state.cbor is damaged ({error}): restore it from a copy") from None
+        if not isinstance(state, dict):
+            raise RunError(f"{self.root.name}/state.cbor is not a client state: restore it from a copy")
+        return state
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the state atomically; returns when it is on disk."""
+        atomic_write(self._path, cbor.encode(state))
+        os.chmod(self._path, 0o600)

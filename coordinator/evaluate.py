@@ -1,0 +1,143 @@
+"""Measuring a policy against true group distributions. Not private; possible only where clients hand truth out.
+
+AS_g is the mean reward of group g's true distribution over questions and sampled answers (APPA.md section 3). Every
+sampled completion counts: one that is not an answer scores the format penalty.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from appa_secure.agreement import Agreement
+from appa_secure.ceilings import ceiling
+from appa_secure.messages import Message
+from appa_secure.rewards import Scorer, fairness_index
+from appa_secure.secagg.errors import BadEncoding
+from appa_secure.tasks import parse, prompt
+
+Generate = Callable[[list[str], int], list[list[str]]]  # (prompts, samples) -> [prompt][sample] texts
+
+
+@dataclass(frozen=True)
+class Truth:
+    """True distributions: group -> question -> (K,). A group's members are averaged with equal weight."""
+
+    groups: Mapping[str, Mapping[str, np.ndarray]]
+
+    @classmethod
+    def gather(cls, agreement: Agreement, replies: Mapping[str, Message]) -> Truth:
+        """From the clients' answers to a `truth` request. Raises BadEncoding naming a client that sent something else."""
+        members: dict[str, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+        for client, reply in replies.items():
+            for qid, row in _distributions(client, reply).items():
+                if qid not in agreement.questions or len(row) != len(agreement.questions[qid].options):
+                    raise BadEncoding(client, f"truth: no such question or wrong number of options ({qid!r:.80})")
+                members[agreement.groups[client]][qid].append(np.asarray(row, dtype=np.float64))
+        means = {g: {q: np.mean(rows, axis=0) for q, rows in by.items()} for g, by in sorted(members.items())}
+        return cls({g: {q: p / p.sum() for q, p in by.items()} for g, by in means.items()})
+
+
+def _distributions(client: str, reply: Message) -> Mapping[str, list[float]]:
+    try:
+        (known,) = json.loads(reply.body["distributions"])
+        return {str(q): [float(x) for x in row] for q, row in known.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BadEncoding(client, f"truth.distributions: {error}") from None
+
+
+class Evaluator:
+    """Alignment scores of answers for each group."""
+
+    def __init__(self, agreement: Agreement, truth: Truth, style: str, format_penalty: float, bootstrap: int, seed: int):
+        self.agreement, self.truth, self.style = agreement, truth, style
+        self.format_penalty, self.bootstrap, self.seed = format_penalty, bootstrap, seed
+        ordinals = {q: question.ordinals for q, question in agreement.questions.items()}
+        self._scorers = {g: Scorer(agreement.reward, targets, ordinals) for g, targets in truth.groups.items()}
+
+    def scores(self, qids: Sequence[str], answers: Sequence[np.ndarray | None]) -> dict[str, np.ndarray]:
+        """Per group (B,) scores; NaN where the group has no answers to the question."""
+        out = {}
+        for group, scorer in self._scorers.items():
+            row = np.full(len(qids), np.nan)
+            known = [i for i, q in enumerate(qids) if q in self.truth.groups[group]]
+            row[known] = scorer.score([qids[i] for i in known], [answers[i] for i in known])
+            malformed = [i for i in known if answers[i] is None]
+            row[malformed] = self.format_penalty
+            out[group] = row
+        return out
+
+    def step(self, qids: Sequence[str], answers: Sequence[np.ndarray | None]) -> dict[str, Any]:
+        """Per-group alignment of one step's rollouts, for measurement.jsonl."""
+        means = {g: _mean(row) for g, row in self.scores(qids, answers).items()}
+        return _summary({g: m for g, m in means.items() if m is not None})
+
+    def policy(self, generate: Generate, qids: Sequence[str], samples: int) -> dict[str, Any]:
+        """Alignment of a policy on questions: per group, average, minimum, fairness index, and 95 % intervals.
+
+        The intervals are percentile bootstrap over questions (Efron 1979): they say how far the figure would move with
+        other questions of this kind, not with another training seed.
+        """
+        task = self.agreement.task
+        prompts = [prompt(self.agreement.questions[q], task, self.style) for q in qids]
+        texts = generate(prompts, samples)
+        flat = [q for q in qids for _ in range(samples)]
+        answers = [parse(t, self.agreement.questions[q], task) for q, row in zip(qids, texts, strict=True) for t in row]
+        table = np.stack(
+            [row.reshape(len(qids), samples).mean(axis=1) for row in self.scores(flat, answers).values()]
+        )  # (G, Q)
+        names = list(self._scorers)
+        found = _summary(dict(zip(names, np.nanmean(table, axis=1).tolist(), strict=True)))
+        found["ci95"] = self._intervals(table)
+        found["malformed"] = sum(a is None for a in answers) / len(answers)
+        return found
+
+    def _intervals(self, table: np.ndarray) -> dict[str, list[float]]:
+        rng = np.random.default_rng([self.seed, 0xB007])
+        draws = rng.integers(table.shape[1], size=(self.bootstrap, table.shape[1]))
+        means = np.stack([np.nanmean(table[:, d], axis=1) for d in draws])  # (R, G)
+        return {
+            name: [float(x) for x in np.nanquantile(values, [0.025, 0.975])]
+            for name, values in (("avg", means.mean(axis=1)), ("min", means.min(axis=1)))
+        }
+
+    def ceilings(self, qids: Sequence[str]) -> dict[str, Any] | None:
+        """Attainable alignment on questions: `avg`, the best average; `min`, the best possible worst group.
+
+        None where it is not known how to compute it.
+        """
+        groups = list(self.truth.groups)
+        questions = [self.agreement.questions[q] for q in qids]
+        table = {}
+        for q in questions:
+            missing = np.full(len(q.options), np.nan)
+            table[q.qid] = np.array([self.truth.groups[g].get(q.qid, missing) for g in groups])
+        found = ceiling(self.agreement.reward, questions, table)
+        average, worst = found["avg"], found["min"]
+        return {
+            "avg": None if average is None else average["avg"],
+            "min": None if worst is None else worst["min"],
+            "avg_at_min": None if worst is None else worst["avg"],
+            "min_at_avg": None if average is None else average["min"],
+            "uniform": None if found["uniform"] is None else found["uniform"]["avg"],
+        }
+
+
+def _mean(row: np.ndarray) -> float | None:
+    known = row[~np.isnan(row)]
+    return float(known.mean()) if len(known) else None
+
+
+def _summary(per_group: dict[str, float]) -> dict[str, Any]:
+    values = np.array(list(per_group.values()))
+    return {
+        "per_group": per_group,
+        "avg": float(values.mean()),
+        "min": float(values.min()),
+        "fairness_index": fairness_index(values),
+    }

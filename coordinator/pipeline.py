@@ -1,0 +1,312 @@
+"""One run from the coordinator's side, stage by stage; each stage's result is on disk before the next begins.
+
+    setup -> context -> predictor -> warmup -> before -> align -> after
+
+A run that was killed goes on at the stage it was in and ends with the same policy, metrics and ledger as one that was
+not: randomness is a function of the seed and the position, sums are exact, and what a step opened is journalled.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from appa_secure.agreement import Agreement
+from appa_secure.config import Config
+from appa_secure.journal import atomic_write
+from appa_secure.privacy.statement import markdown, statement
+from appa_secure.progress import Progress
+from appa_secure.records import STATEMENT_JSON, STATEMENT_MD, Journal, RunDir, environment
+from appa_secure.tasks import completion_length, parse, prompt, random_answer
+from coordinator.evaluate import Evaluator, Truth
+from coordinator.policies import build_policy, lora_config, warm_up
+from coordinator.ppo import PPOTrainer, latest_checkpoint, make_config
+from coordinator.predictor import record_ledger, train_predictor
+from coordinator.reward import FederatedReward
+from coordinator.rounds import Federation, Rounds, ask
+from coordinator.sampling import sample
+
+NOT_PRIVATE = "not private"
+_TOKENS_PER_ITEM = {"tiny": 1, "stories260k": 3, "hf": 3}
+
+
+class Pipeline:
+    """A run of the coordinator over a federation; `run()` does or finishes all stages and writes the summary."""
+
+    def __init__(
+        self, config: Config, agreement: Agreement, heldout: tuple[str, ...], federation: Federation, run: RunDir,
+        progress: Progress, nominal: bool,
+    ) -> None:  # fmt: skip
+        self.config, self.agreement, self.heldout = config, agreement, heldout
+        self.federation, self.run_dir, self.progress, self.nominal = federation, run, progress, nominal
+        self.rounds = Rounds(agreement, federation, run)
+        self.train = agreement.plan.train
+        self._evaluator: Evaluator | None = None
+
+    # -- stages ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """All stages; returns the summary that was written."""
+        self._stage("setup", self._setup)
+        self._stage("context", self._context)
+        self._stage("predictor", self._predictor)
+        self._stage("warmup", self._warmup)
+        self._stage("before", lambda: self._measure("policy/warm"))
+        self._stage("align", self._align)
+        self._stage("after", lambda: self._measure("policy"))
+        return self._summary()
+
+    def _stage(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
+        if self.run_dir.stage_done(name) is not None:
+            return
+        began = time.monotonic()
+        payload = work()
+        # Seconds of a resumed stage are those of its last part.
+        self.run_dir.mark_done(name, {**payload, "seconds": time.monotonic() - began})
+
+    def _setup(self) -> dict[str, Any]:
+        agreement = self.agreement
+        if not len(self.run_dir.transcript):
+            self.run_dir.transcript.run(agreement.plan.run, agreement.digest().hex(), mode=agreement.mode)
+        ask(self.federation, "setup", run=agreement.plan.run, agreement=agreement.digest())
+        return {}
+
+    def _context(self) -> dict[str, Any]:
+        for client, reply in ask(self.federation, "context").items():
+            record_ledger(self.run_dir, client, reply.body["ledger"])
+        return {}
+
+    def _predictor(self) -> dict[str, Any]:
+        total = self.agreement.plan.rounds
+
+        def done(number: int, spent: float | None) -> None:
+            self.progress.step("predictor", number, total, eps=spent)
+
+        theta = train_predictor(
+            self.agreement, self.rounds, self.run_dir, self.config.seed, self.config.predictor.server_lr, done
+        )
+        ask(self.federation, "freeze", parameters=theta.astype("<f4").tobytes())
+        np.save(self.run_dir.path("predictor") / "parameters.npy", theta)
+        return {}
+
+    def _warmup(self) -> dict[str, Any]:
+        c, task = self.config, self.agreement.task
+        questions = [self.agreement.questions[q] for q in (*self.agreement.plan.context, *self.train)]
+        prompts = [prompt(q, task, c.task.style) for q in self.agreement.questions.values()]
+        texts = [*prompts, *(random_answer(task, k, np.random.default_rng(k)) for k in range(2, 11))]
+        torch.manual_seed(c.seed)
+        model, tokenizer = build_policy(c.policy, texts, c.seed)
+        limit = self._new_tokens()
+        outcome = warm_up(
+            model, tokenizer, [prompt(q, task, c.task.style) for q in questions],
+            lambda rng, i: random_answer(task, len(questions[i].options), np.random.default_rng(rng.getrandbits(64))),
+            steps=c.policy.warmup_steps, lr=c.policy.warmup_lr, seed=c.seed,
+            valid=lambda text, i: parse(text, questions[i], task) is not None, max_new_tokens=limit,
+            progress=lambda step, loss: self.progress.step("warm-up", step, c.policy.warmup_steps, loss=loss),
+        )  # fmt: skip
+        folder = self.run_dir.path("policy") / "warm"
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return {"valid": outcome.valid, "steps": outcome.steps}
+
+    def _align(self) -> dict[str, Any]:
+        c, agreement, run = self.config, self.agreement, self.run_dir
+        model, tokenizer = _load(run.path("policy") / "warm")
+        task = agreement.task
+        dataset = Dataset.from_list(
+            [{"prompt": prompt(agreement.questions[q], task, c.task.style), "qid": q} for q in self.train]
+        )
+        checkpoints = run.path("policy") / "checkpoints"
+        newest = latest_checkpoint(checkpoints)
+        updates = c.ppo.epochs * (c.ppo.prompts_per_step * c.ppo.generations // c.ppo.minibatch_size)
+        at = 0 if newest is None else int(newest.name.split("-")[1]) // updates
+        if run.metrics.truncate_after(at) or at:
+            run.transcript.resume("align", at)
+        journal = Journal(run.path("rewards.jsonl"))
+        reward = FederatedReward(agreement, self.rounds, journal, c.task.format_penalty, self._seen())
+        trainer = PPOTrainer(
+            model=model,
+            reward_funcs=[reward],
+            args=make_config(c.ppo, checkpoints, c.seed, self._new_tokens()),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=lora_config(c.policy),
+            on_step=lambda metrics: self._record_step(metrics, reward),
+        )
+        try:
+            trainer.train(resume_from_checkpoint=newest)
+        finally:
+            journal.close()
+        trainer.save_policy(run.path("policy"))
+        return {}
+
+    def _seen(self) -> Callable[..., None] | None:
+        """What is measured at each step against the truth; nothing where truth is not to be had."""
+        every = self.config.evaluation.every
+        if not self.config.evaluation.truth or not every:
+            return None
+        known = {row["step"] for row in self.run_dir.measurement}
+        evaluator = self._measuring()
+
+        def seen(step: int, qids: Any, answers: Any, row: dict[str, Any]) -> None:
+            if step % every == 0 and step not in known:
+                found = evaluator.step(qids, answers)
+                self.run_dir.measurement.append(
+                    {
+                        "stamp": NOT_PRIVATE, "step": step, "per_group": found["per_group"], "avg": found["avg"],
+                        "min": found["min"], "fi": found["fairness_index"], "weights": row["weights"],
+                    }
+                )  # fmt: skip
+
+        return seen
+
+    def _record_step(self, metrics: dict[str, Any], reward: FederatedReward) -> None:
+        step = metrics["step"]
+        row = reward.rows[step]
+        result = row["result"] or {}
+        self.run_dir.metrics.append(
+            {
+                "step": step, "reward": metrics["reward"], "fi": result.get("fi"), "branch": result.get("branch"),
+                "z": result.get("z_next"), "h_mean": result.get("h_mean"), "soft_min": result.get("soft_min"),
+                "alpha_sum": result.get("alpha_sum"), "kl": metrics["kl"], "entropy": metrics["entropy"],
+                "malformed": row["malformed"], "opened": row["opened"], "epsilon": self._epsilon(),
+                "seconds": metrics["seconds"], "seconds_reward": metrics.get("seconds_reward"),
+            }
+        )  # fmt: skip
+        self.progress.step(
+            "align", step, self.config.ppo.steps, reward=metrics["reward"], fi=result.get("fi"), eps=self._epsilon()
+        )
+
+    def _measure(self, folder: str) -> dict[str, Any]:
+        if not self.config.evaluation.truth:
+            return {}
+        evaluator, c = self._measuring(), self.config
+        model, tokenizer = _load(self.run_dir.path("policy") / "warm", self.run_dir.path(folder), c.policy.lora is not None)
+
+        def generate(prompts: list[str], samples: int) -> list[list[str]]:
+            return sample(model, tokenizer, prompts, samples, c.ppo.temperature, self._new_tokens(), c.seed)
+
+        return {
+            name: evaluator.policy(generate, qids, c.evaluation.samples)
+            for name, qids in (("train", self.train), ("heldout", self.heldout))
+        }
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _measuring(self) -> Evaluator:
+        if self._evaluator is None:
+            c = self.config
+            truth = Truth.gather(self.agreement, ask(self.federation, "truth"))
+            self._evaluator = Evaluator(
+                self.agreement, truth, c.task.style, c.task.format_penalty, c.evaluation.bootstrap, c.seed
+            )
+        return self._evaluator
+
+    def _new_tokens(self) -> int:
+        most = max(len(q.options) for q in self.agreement.questions.values())
+        return completion_length(self.agreement.task, most, _TOKENS_PER_ITEM[self.config.policy.kind])
+
+    def _epsilon(self) -> float | None:
+        rows = list(self.run_dir.ledger)
+        return max((float(row["epsilon"]) for row in rows), default=None)
+
+    # -- summary ---------------------------------------------------------------------------------------------------
+
+    def _summary(self) -> dict[str, Any]:
+        c, run, agreement = self.config, self.run_dir, self.agreement
+        stages = {name: run.stage_done(name) or {} for name in _STAGES}
+        alignment = ceilings = closed = None
+        if c.evaluation.truth:
+            names = ("train", "heldout")
+            alignment = {s: {"before": stages["before"][s], "after": stages["after"][s]} for s in names}
+            ceilings = {s: self._measuring().ceilings(q) for s, q in zip(names, (self.train, self.heldout), strict=True)}
+            closed = {s: _gap_closed(alignment[s], ceilings[s]) for s in names}
+        rows = list(run.ledger)
+        private = statement(c, rows, agreement.plan.noise_multiplier, self.nominal)
+        run.write_json(STATEMENT_JSON, private)
+        atomic_write(run.path(STATEMENT_MD), markdown(private))
+        is_private = c.privacy.enabled and not c.evaluation.truth and not agreement.clear
+        last = list(run.metrics)[-1] if len(run.metrics) else {}
+        summary = {
+            "experiment": c.experiment,
+            "seed": c.seed,
+            "stamp": "private" if is_private else NOT_PRIVATE,
+            "groups": sorted(set(agreement.groups.values())),
+            "questions": {
+                "context": len(agreement.plan.context), "train": len(self.train), "heldout": len(self.heldout),
+            },
+            "aggregation": c.aggregation.model_dump(mode="json"),
+            "reward": c.task.reward,
+            "alignment": alignment,
+            "ceiling": {"avg": None, "min": None} if ceilings is None else {**(ceilings["train"] or {}), **ceilings},
+            "gap_closed": closed,
+            "privacy": {
+                "enabled": c.privacy.enabled, "unit": c.privacy.unit, "delta": c.privacy.delta,
+                "accountant": c.privacy.accountant, "epsilon": private["epsilon"], "budget": c.privacy.epsilon,
+            },
+            "secagg": self._traffic(),
+            "last_step": {k: last.get(k) for k in ("step", "reward", "fi", "h_mean", "soft_min")},
+            "seconds": {name: stage.get("seconds") for name, stage in stages.items()},
+            "packages": environment(),
+            "transcript_head": run.transcript.head,
+        }  # fmt: skip
+        run.write_fairness(
+            {
+                "stamp": summary["stamp"],
+                "fairness_index": last.get("fi"),
+                "mean_history": last.get("h_mean"),
+                "soft_min_history": last.get("soft_min"),
+                "alignment": None if alignment is None else {s: a["after"] for s, a in alignment.items()},
+            }
+        )
+        run.write_summary(summary)
+        return summary
+
+    def _traffic(self) -> dict[str, Any]:
+        """Rounds, dropouts and bytes per client and round, counted in the transcript."""
+        rows = [row for row in self.run_dir.transcript if row["event"] == "round"]
+        sent: dict[str, list[int]] = defaultdict(list)
+        for row in rows:
+            sent[row["kind"]].append(row["bytes_per_client"])
+        return {
+            "mode": self.agreement.mode,
+            "release": self.agreement.release,
+            "rounds": len(rows),
+            "dropouts": sum(len(row["dropouts"]) for row in rows),
+            "aborts": sum(row["event"] == "abort" for row in self.run_dir.transcript),
+            "bytes_per_client_and_round": {kind: float(np.mean(b)) for kind, b in sorted(sent.items())},
+        }
+
+
+_STAGES = ("setup", "context", "predictor", "warmup", "before", "align", "after")
+
+
+def _gap_closed(alignment: dict[str, Any], ceilings: dict[str, Any] | None) -> dict[str, float | None]:
+    """Share of the way from the warmed-up policy to the ceiling that alignment went, for average and worst group."""
+    out: dict[str, float | None] = {}
+    for name in ("avg", "min"):
+        top = None if ceilings is None else ceilings[name]
+        before, after = alignment["before"][name], alignment["after"][name]
+        out[name] = None if top is None or top <= before else (after - before) / (top - before)
+    return out
+
+
+def _load(base: Any, folder: Any = None, lora: bool = False) -> tuple[Any, Any]:
+    """The policy saved in `folder` (default `base`) and its tokenizer; an adapter is put on top of `base`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = base if folder is None else folder
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if lora and folder != base:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder), tokenizer
+    return AutoModelForCausalLM.from_pretrained(folder), tokenizer

@@ -1,0 +1,102 @@
+"""Federated training of the preference predictor: rounds of masked updates, averaged, applied by Adam.
+
+Every client sends a pseudo-gradient that is already differentially private; the coordinator sees only their mean.
+Adam on the averaged pseudo-gradient is FedAdam (Reddi et al., ICLR 2021, algorithm 2); with one local step per round
+it is DP-FedSGD, where the noise of all clients averages before anything non-linear touches it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from appa_secure.agreement import PREDICTOR, Agreement
+from appa_secure.errors import RunError
+from appa_secure.journal import atomic_write
+from appa_secure.messages import unpack_rows
+from appa_secure.predictor import PreferencePredictor, flatten
+from appa_secure.records import RunDir
+from coordinator.rounds import NotOpened, Rounds
+
+_BETA1, _BETA2, _EPS = 0.9, 0.99, 1e-8
+_PATIENCE = 5
+
+
+def initial_predictor(agreement: Agreement, seed: int) -> np.ndarray:
+    """Initial parameters (P,) float32; a function of the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return flatten(PreferencePredictor(agreement.predictor))
+
+
+def train_predictor(
+    agreement: Agreement,
+    rounds: Rounds,
+    run: RunDir,
+    seed: int,
+    server_lr: float,
+    progress: Callable[[int, float | None], None],
+) -> np.ndarray:
+    """Run (or go on with) all rounds of the plan; returns the parameters (P,) float32.
+
+    The state after each round is on disk before the next begins. progress: called with (rounds done, highest epsilon).
+    """
+    path = run.path("predictor") / "state.npz"
+    path.parent.mkdir(exist_ok=True)
+    total = agreement.plan.rounds
+    if path.exists():
+        with np.load(path) as stored:
+            done, theta, m, v = int(stored["round"]), stored["theta"], stored["m"], stored["v"]
+    else:
+        done, theta = 0, initial_predictor(agreement, seed).astype(np.float64)
+        m, v = np.zeros_like(theta), np.zeros_like(theta)
+    failed = 0
+    while done < total:
+        payload = {"round": done, "parameters": theta.astype("<f4").tobytes()}
+        summed = rounds.sum(PREDICTOR, "train", payload, agreement.predictor_layout)
+        if isinstance(summed, NotOpened):
+            failed += 1
+            if failed >= _PATIENCE:
+                raise RunError(f"predictor round {done + 1} failed {_PATIENCE} times: {summed.reason}")
+            continue
+        failed = 0
+        spent = [record_ledger(run, client, fields["ledger"]) for client, fields in summed.replies.items()]
+        gradient = summed.sum / len(summed.contributors)
+        done += 1
+        m = _BETA1 * m + (1 - _BETA1) * gradient
+        v = _BETA2 * v + (1 - _BETA2) * gradient**2
+        step = (m / (1 - _BETA1**done)) / (np.sqrt(v / (1 - _BETA2**done)) + _EPS)
+        theta = theta - server_lr * _decay(done, total) * step
+        _save(path, {"round": np.array(done), "theta": theta, "m": m, "v": v})
+        progress(done, max((s for s in spent if s is not None), default=None))
+    return theta.astype(np.float32)
+
+
+def _decay(done: int, total: int) -> float:
+    """Constant, then linear to (almost) 0 over the last third: late rounds average their noise instead of following it."""
+    return min(1.0, (total - done + 1) / max(1.0, total / 3))
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    atomic_write(path, buffer.getvalue())
+
+
+def record_ledger(run: RunDir, client: str, raw: bytes) -> float | None:
+    """Copy a client's new ledger rows into the run's ledger, before its release is used; returns its epsilon."""
+    known = {(row["client"], row["release"]) for row in run.ledger}
+    rows: list[dict[str, Any]] = unpack_rows(raw, client, "ledger")
+    for row in rows:
+        if row.get("client") != client:
+            raise RunError(f"client {client!r} sent a ledger row of {row.get('client')!r}")
+        if (client, row["release"]) not in known:
+            run.ledger.append(row)
+    return float(rows[-1]["epsilon"]) if rows else None
+
+
