@@ -308,8 +308,8 @@ class RunDir:
         return self.root / _STAGES / f"{name}.json"
 
     def write_json(self, name: str, value: Any) -> None:
-        """Store `value` as readable JSON (sorted keys, indented), atomically; RunError for NaN."""
-        text = json.dumps(plain(value, name), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        """Store `value` as readable JSON (indented, keys in their order), atomically; RunError for NaN."""
+        text = json.dumps(plain(value, name), indent=2, ensure_ascii=False, allow_nan=False)
         atomic_write(self.path(name), text + "\n")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
