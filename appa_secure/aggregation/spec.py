@@ -40,7 +40,9 @@ class AggregationSpec:
         fi: fairness index from the coefficient of variation, `cov2`: 1/(1+CoV²) (Jain), or `cov`: 1/(1+CoV).
         fi_scope: `question`: index of each rollout's G rewards, averaged over rollouts; `batch`: one index,
             of the groups' mean rewards over the batch, which needs one sum instead of B.
-        sharpness: c of the smooth blind `min` and `max`, in (0, 32]; their bias is at most log(G)/c.
+        sharpness: c of the smooth blind `min` and `max`, in (0, 32]; their bias is at most log(G)/c. Values
+            span a factor exp(c) and sums are read as float64: 24 leaves 8 fractional bits for up to 1,300
+            groups, 28 for up to 24; from about 30 on the headroom check of the secure sum refuses.
         alpha_tolerance: `paper` cannot be renormalised after a dropout: where |Σα - 1| exceeds this, it takes
             the mean branch.
         h0: history before the first step, or None: the first step's mean reward becomes the first history.
@@ -54,7 +56,7 @@ class AggregationSpec:
     a: float = 1.0
     fi: FairnessForm = "cov2"
     fi_scope: FairnessScope = "question"
-    sharpness: float = 32.0
+    sharpness: float = 24.0
     alpha_tolerance: float = 1e-6
     h0: float | None = None
 
