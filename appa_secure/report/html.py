@@ -257,35 +257,26 @@ def _secagg_facts(run: Run) -> list[tuple[str, str]]:
     dropouts = part.get("dropouts")
     if dropouts is None and rounds:
         dropouts = sum(len(row.get("dropouts", [])) for row in rounds)
-    if isinstance(dropouts, Mapping):
-        dropouts = ", ".join(f"{name}: {count}" for name, count in dropouts.items()) or "none"
-    elif isinstance(dropouts, list):
-        dropouts = ", ".join(str(name) for name in dropouts) or "none"
     if dropouts is not None:
         facts.append(("Clients that dropped out of a round", "none" if dropouts == 0 else str(dropouts)))
     aborts = sum(row.get("event") == "abort" for row in run.transcript)
     if run.transcript:
         facts.append(("Rounds given up without opening anything", "none" if not aborts else str(aborts)))
-    sent = part.get("bytes_per_client_round")
-    for kind, count in (sent if isinstance(sent, Mapping) else {"": sent}).items():
-        if isinstance(count, int | float):
-            facts.append((f"Sent per client and round{f', {kind}' if kind else ''}", words.size(count)))
+    sent = part.get("bytes_per_client_and_round")
+    for kind, count in sent.items() if isinstance(sent, Mapping) else ():
+        facts.append((f"Sent per client and round, {kind}", words.size(count)))
     return facts
 
 
 def _seconds(run: Run) -> list[tuple[str, float, float]]:
     """Stage, seconds, share of the longest."""
-    spent = run.summary.get("seconds")
-    if not isinstance(spent, Mapping):
-        return []
-    known = {str(name): float(value) for name, value in spent.items() if isinstance(value, int | float)}
-    longest = max(known.values(), default=0.0) or 1.0
-    return [(name, value, value / longest) for name, value in known.items()]
+    longest = max(run.seconds.values(), default=0.0) or 1.0
+    return [(words.STAGES.get(name, name), value, value / longest) for name, value in run.seconds.items()]
 
 
 def _audit(run: Run) -> dict[str, Any]:
     head = run.transcript[-1].get("hash", "") if run.transcript else ""
-    stated = (run.summary.get("transcript") or {}).get("head")
+    stated = run.summary.get("transcript_head")
     fault = run.transcript_fault
     if fault is None and stated and stated != head:
         fault = f"it ends with another hash than summary.json states ({stated})"

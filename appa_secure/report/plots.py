@@ -24,6 +24,8 @@ LINES = (BLUE, ORANGE, "#00865f", "#b5568c", "#000000", "#9a6b00", "#3d9bd6", "#
 DASHES = ("-", "--", ":", "-.")  # a second sign beside colour where there are more groups than colours
 WIDTH = 4.9  # inches; shown at 390 to 560 CSS pixels, so that 10 pt stays readable on a phone
 
+_MOST = 30  # clients in a figure
+
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
@@ -299,7 +301,7 @@ def epsilon_per_client(run: Run) -> str | None:
     if not spent:
         return None
     budget = lookup(run.config, "privacy.epsilon")
-    names = list(reversed(spent))
+    names = sorted(spent, key=spent.__getitem__)[-_MOST:] if len(spent) > _MOST else list(reversed(spent))
 
     def paint(axes: Axes) -> None:
         axes.barh(range(len(names)), [spent[name] for name in names], height=0.62, color=BLUE)
@@ -318,7 +320,8 @@ def epsilon_per_client(run: Run) -> str | None:
         axes.set_yticks(range(len(names)), [shorten(name) for name in names])
         axes.set_xlim(0, limit or 1)
         axes.set_ylim(-0.6, len(names) + 0.35)
-        _value_axis(axes, "ε spent (smaller is stronger)")
+        more = f", the {_MOST} highest of {len(spent)}" if len(spent) > _MOST else ""
+        _value_axis(axes, f"ε spent (smaller is stronger){more}")
         axes.grid(visible=False)
 
     return _draw(1.1 + 0.28 * len(names), paint)

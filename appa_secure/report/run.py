@@ -110,6 +110,14 @@ class Run:
         return None if mode is None else str(mode)
 
     @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds per stage, as far as known."""
+        spent = lookup(self.summary, "seconds")
+        if not isinstance(spent, Mapping):
+            return {}
+        return {str(name): float(value) for name, value in spent.items() if isinstance(value, int | float)}
+
+    @property
     def groups(self) -> list[str]:
         """The groups' names, as far as known."""
         return [str(name) for name in lookup(self.summary, "groups") or []]

@@ -150,8 +150,7 @@ def cells(row: Row) -> list[str]:
     texts.append("–" if closed is None else percent(closed))
     texts.append(_epsilon(run))
     texts.append(str(run.secagg_mode or "–"))
-    seconds = run.summary.get("seconds")
-    texts.append(duration(sum(seconds.values())) if isinstance(seconds, Mapping) and seconds else "–")
+    texts.append(duration(sum(run.seconds.values())) if run.seconds else "–")
     return texts
 
 
@@ -213,7 +212,7 @@ def _over_seeds(label: str, members: Sequence[Row]) -> list[str]:
     texts.append(percent(statistics.fmean(closed)) if closed else "–")
     texts.append(" / ".join(sorted({_epsilon(run) for run in runs})))
     texts.append(" / ".join(sorted({str(run.secagg_mode or "–") for run in runs})))
-    totals = [sum(run.summary["seconds"].values()) for run in runs if run.summary.get("seconds")]
+    totals = [sum(run.seconds.values()) for run in runs if run.seconds]
     texts.append(duration(statistics.fmean(totals)) if totals else "–")
     return texts
 

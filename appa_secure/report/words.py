@@ -20,6 +20,15 @@ MEASURES = {
     "binary": "how often the model's first choice is the group's",
     "choice": "what share of the group gives the answer that the model chooses",
 }
+STAGES = {
+    "setup": "reading data",
+    "context": "private context",
+    "predictor": "training the predictor",
+    "warmup": "teaching the answer format",
+    "before": "measuring before",
+    "align": "training the model",
+    "after": "measuring after",
+}
 RULES = {
     "average": "every group counts the same",
     "min": "only the worst-off group counts",
@@ -155,7 +164,7 @@ def _fairness(run: Run) -> list[str]:
     word = "shrank" if new < old else "grew" if new > old else "stayed the same"
     return [
         f"The distance between the best-off and the worst-off group {word}: {old:.3f} before, {new:.3f} "
-        f"after. The fairness index went from {before.fairness:.4f} to {after.fairness:.4f} (1 means that all "
+        f"after. The fairness index went from {before.fairness:.4f} to {after.fairness:.4f} (1: all "
         "groups are served equally well)."
     ]
 
@@ -213,11 +222,12 @@ def privacy(run: Run) -> list[str]:
     )
     return [
         f"Differential privacy was on. It protects {unit}.",
-        f"The largest ε of any client is {spent:.2f}. This means: whoever holds everything this run "
-        f"releases can, by looking at it, change the odds of a guess about {unit} by a factor of at most {factor}{rare}.",
+        f"The largest ε of any client is {spent:.2f}. This means: whoever holds all that this run releases can, "
+        f"by looking at it, change the odds of a guess about {unit} by a factor of at most "
+        f"{factor}{rare}.",
         "Smaller is stronger: 0 reveals nothing, below 1 is strong, up to about 10 is common in practice.",
-        "ε was spent on the predictor of the groups' preferences. It does not grow with the number of "
-        "steps by which the language model is trained, since these only use what the predictor had already paid for.",
+        "ε was spent on the predictor of the groups' preferences. It does not grow with the number of steps "
+        "that train the language model: these only use what the predictor had already paid for.",
     ]
 
 

@@ -143,17 +143,17 @@ def write_run(
                     "mode": mode,
                     "rounds": steps + 5,
                     "dropouts": 0,
-                    "bytes_per_client_round": {"reward": 3264, "predictor": 1_250_000},
+                    "bytes_per_client_and_round": {"reward": 3264, "predictor": 1_250_000},
                 },
                 "seconds": {
-                    "data": 1.2,
+                    "setup": 1.2,
                     "predictor": 41.0,
-                    "warm-up": 33.5,
+                    "warmup": 33.5,
                     "align": 188.0,
-                    "evaluate": 12.3,
+                    "after": None,
                 },
                 "packages": {"torch": "2.13.0"},
-                "transcript": {"rows": len(run.transcript), "head": run.transcript.head},
+                "transcript_head": run.transcript.head,
             }
         )
     return root

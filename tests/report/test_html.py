@@ -101,7 +101,8 @@ def test_a_finished_run_shows_everything(finished: Path) -> None:
         "1.2 MB",
         "epsilon: 8.0",
         "numpy ",
-        summary["transcript"]["head"],
+        "training the model",
+        f"appa-secure audit verify run --head {summary['transcript_head']}",
     ):
         assert expected in page.text
 
