@@ -222,8 +222,8 @@ def privacy(run: Run) -> list[str]:
     )
     return [
         f"Differential privacy was on. It protects {unit}.",
-        f"The largest ε of any client is {spent:.2f}. This means: whoever holds all that this run releases can, "
-        f"by looking at it, change the odds of a guess about {unit} by a factor of at most "
+        f"The largest ε of any client is {spent:.2f}. This means: whoever holds all that this run releases "
+        f"can, by looking at it, change the odds of a guess about {unit} by a factor of at most "
         f"{factor}{rare}.",
         "Smaller is stronger: 0 reveals nothing, below 1 is strong, up to about 10 is common in practice.",
         "ε was spent on the predictor of the groups' preferences. It does not grow with the number of steps "
