@@ -142,7 +142,8 @@ def before_after(run: Run, split: str) -> str | None:
                     color=tone,
                 )
         top = len(names) - 1
-        for value, word in ((start[names[top]], "before"), (end[names[top]], "after")):
+        apart = abs(end[names[top]] - start[names[top]]) > 0.2 * room  # else the two words would overlap
+        for value, word in ((start[names[top]], "before"), (end[names[top]], "after")) if apart else ():
             _text(axes, word, (value, top), (0, 9), ha="center", va="bottom", color=MUTED)
         axes.set_yticks(range(len(names)), [shorten(name) for name in names])
         axes.spines["left"].set_visible(False)

@@ -119,6 +119,9 @@ def _outcome(run: Run, split: str, lead: str) -> str | None:
     closed = gap_closed(run, split)
     if closed is not None and closed > 0:
         sentence += f". The average gained {percent(closed)} of what any model could have gained"
+    unreadable = lookup(run.summary, f"alignment.{split}.after.malformed")
+    if isinstance(unreadable, int | float) and unreadable >= 0.01:
+        sentence += f". {percent(unreadable)} of the model's answers were not in the form asked for"
     return sentence + "."
 
 
@@ -140,7 +143,7 @@ def headline(run: Run) -> list[str]:
         "look. The curves below are the run's own estimates."
     )
     return [
-        f"A language model learned to answer survey questions the way {who} answer them.",
+        f"A language model was trained to answer survey questions the way {who} answer them.",
         *(outcomes + _fairness(run) if outcomes else [unmeasured]),
     ]
 

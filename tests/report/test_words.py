@@ -55,6 +55,13 @@ def test_the_gap_is_measured_from_before_to_the_ceiling() -> None:
     assert gap_closed(run({"A": 0.7}, {"A": 0.8}), "train") is None
 
 
+def test_answers_that_could_not_be_read_are_mentioned() -> None:
+    one = run({"A": 0.7}, {"A": 0.8})
+    assert "form asked for" not in headline(one)[1]
+    one.summary["alignment"]["train"]["after"]["malformed"] = 0.25
+    assert headline(one)[1].endswith("25 % of the model's answers were not in the form asked for.")
+
+
 def test_what_is_unknown_counts_as_not_protected() -> None:
     found = banner(Run(path=Path()))
     assert found is not None
