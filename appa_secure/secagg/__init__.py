@@ -32,7 +32,7 @@ Why a liar gains nothing
 Invented or swapped keys: bundles are signed by identities of a directory the coordinator cannot write; a
 client counts the cohort in that directory. Different rosters, scales or contexts for different clients: all
 of them are in the mask derivation (and rosters are acknowledged across clients), so masks do not cancel;
-the sum is uniform noise and is reported as `MasksDoNotCancel`. False dropouts: a client answers one
+the sum is uniform noise and is reported as `SumOutOfRange`. False dropouts: a client answers one
 partition per round, and with 2t > n + c no two partitions can both reach t answers, so never both secrets
 of one party. Another round's secrets: every round has keys of its own, dealt as such; shares of earlier
 rounds are zeroed. Replays: rounds only increase, on state that is persisted before a reply leaves. Sums

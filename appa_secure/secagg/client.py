@@ -258,6 +258,8 @@ class ClientMachine:
             if r > p.rounds:
                 raise OutOfOrder(COORDINATOR, f"round {r}, this epoch has {p.rounds}: open a new epoch")
             raise ReplayedRound(COORDINATOR, f"round {r} asked for after round {epoch.last_round}")
+        if not epoch.confirmed:
+            self._check_acks(envelope, epoch)
         if len(context) != KEY_BYTES:
             raise BadParameters(f"context has {len(context)} bytes, needs a {KEY_BYTES}-byte digest")
         if layout.ring_bits != p.ring_bits:
@@ -269,8 +271,6 @@ class ClientMachine:
             raise LayoutMismatch(COORDINATOR, f"round {r}: layout or scale differs from this client's")
         if envelope.body["context"] != context:
             raise ContextMismatch(COORDINATOR, f"round {r}: context differs from what this client was shown")
-        if not epoch.confirmed:
-            self._check_acks(envelope, epoch)
 
         masked = coding.encode(vector)
         own = self_seed(epoch.seeds[r - 1].tobytes(), epoch.transcript, p, self.client_id, r)

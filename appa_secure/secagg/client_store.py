@@ -120,7 +120,7 @@ def load(
             raise CorruptState(
                 f"stored state is not version {STATE_VERSION} of client '{client_id}' with this identity"
             )
-        sessions = {session: number for session, number in fields["sessions"]}
+        sessions = dict(fields["sessions"])
         epoch = _load_epoch(fields["epoch"], directory) if fields["epoch"] else None
         return sessions, ClientState(fields["state"]), epoch
     except (ValueError, KeyError, TypeError, IndexError, ProtocolError) as error:
@@ -153,7 +153,7 @@ def _load_epoch(fields: Mapping[str, Any], directory: Directory) -> ClientEpoch:
         .astype(np.uint32),
         confirmed=bool(fields["confirmed"]),
         last_round=fields["last_round"],
-        answers={key: reply for key, reply in fields["answers"]},
+        answers=dict(fields["answers"]),
     )
 
 

@@ -422,9 +422,13 @@ class CoordinatorMachine:
         culprits = (
             (error.sender,) if isinstance(error, RemoteMisbehaviour) and error.sender != COORDINATOR else ()
         )
-        code = "MasksDoNotCancel" if isinstance(error, SumOutOfRange) else error.code
         outcome = Aborted(
-            phase, self._epoch.round if in_round else 0, code, str(error), culprits, tuple(self._epoch.faults)
+            phase,
+            self._epoch.round if in_round else 0,
+            error.code,
+            str(error),
+            culprits,
+            tuple(self._epoch.faults),
         )
         if in_round:
             self._epoch.uploads = {}

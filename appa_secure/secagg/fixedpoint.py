@@ -113,7 +113,8 @@ def _preflight(layout: Layout, parties: int) -> Coding:
         if fraction < segment.min_bits:
             raise Headroom(
                 f"segment '{segment.name}': the sum of {parties} parties with values in "
-                f"[{segment.lo}, {segment.hi}] leaves {fraction} fractional bits in a {layout.ring_bits}-bit ring, "
+                f"[{segment.lo}, {segment.hi}] leaves {fraction} fractional bits "
+                f"in a {layout.ring_bits}-bit ring, "
                 f"{segment.min_bits} are required; "
                 "use ring_bits=64, a narrower range or fewer parties"
             )

@@ -1,0 +1,206 @@
+"""Writes tests/vectors/secagg/*.json: known answers and failure cases of secure aggregation.
+
+    PYTHONPATH=. python tests/vectors/make_secagg.py
+
+All randomness is SHAKE-256 of a counter (`tests.secagg.world.seeded`), so running it again writes the same
+files. The keys in
+the vectors are test keys. `known_answers.json` pins the primitives and a whole epoch; `failures.json` holds,
+per case, a
+client's stored state, one coordinator message and the refusal it must lead to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from appa_secure.secagg import Aggregate, ClientMachine, Headroom, Layout, OutOfRange, ProtocolError, Segment
+from appa_secure.secagg.keys import bind, derive
+from appa_secure.secagg.masks import apply_masks, mask_key
+from appa_secure.secagg.shamir import pack, share
+from appa_secure.secagg.wire import parse
+from tests.secagg.world import CONTEXT, LAYOUT, World, reseal, seeded
+
+HERE = Path(__file__).parent / "secagg"
+PROVENANCE = "tests/vectors/make_secagg.py of this repository"
+
+
+def known_answers() -> dict[str, Any]:
+    seed = bytes(range(32))
+    masked = np.arange(6, dtype="<u8")
+    key = mask_key(seed, 7, b"\1" * 32, b"\2" * 32)
+    apply_masks(masked, [key], [])
+    dealt = share(np.frombuffer(seed, np.uint8)[None], 3, 5, seeded("vector"))
+    coding = LAYOUT.preflight(4)
+    vector = [0.0, 1.0, 0.5, 1 / 3, -2.0, 3.0]
+    return {
+        "provenance": PROVENANCE,
+        "bind": {"purpose": "test", "fields": ["text", 5, "bytes:00ff"], "out": bind("test", "text", 5, b"\x00\xff").hex()},
+        "derive": {"secret": seed.hex(), "salt": "aa" * 32, "info": "bb", "out": derive(seed, b"\xaa" * 32, b"\xbb").hex()},
+        "mask": {"seed": seed.hex(), "round": 7, "coding": "01" * 32, "context": "02" * 32, "key": key.hex(),
+                 "start": list(range(6)), "out": masked.tobytes().hex()},
+        "shamir": {"secret": seed.hex(), "threshold": 3, "shares": [pack(row).hex() for row in dealt]},
+        "coding": {"layout": LAYOUT.describe(), "ring_bits": 64, "parties": 4, "bits": list(coding.bits),
+                   "digest": coding.digest.hex(), "vector": [v.hex() for v in vector],
+                   "out": coding.encode(np.array(vector)).tobytes().hex()},
+        "epoch": epoch(),
+    }  # fmt: skip
+
+
+def epoch() -> dict[str, Any]:
+    """SHA-256 of every message of a set-up and two rounds of three clients; the third drops out of the second
+    round.
+    """
+    world = World(3, seed="vector", rounds=2)
+    messages: list[list[str]] = []
+
+    def record(direction: str) -> Any:
+        def seen(name: str, envelope: Any) -> bytes:
+            messages.append([direction, name, envelope.type, hashlib.sha256(envelope.raw).hexdigest()])
+            return envelope.raw
+
+        return seen
+
+    world.outbound, world.inbound = record("to"), record("from")
+    world.setup()
+    sums = []
+    for round_id, silent in ((1, set()), (2, {"site-02"})):
+        world.silent = {"round": silent}
+        outcome = world.round(round_id)
+        assert isinstance(outcome, Aggregate)
+        sums.append(outcome.ring_sum.tobytes().hex())
+    return {"clients": 3, "messages": messages, "ring_sums": sums}
+
+
+def failures() -> dict[str, Any]:
+    """Each case: restore the client, call `method` with `message`, expect the named error and an unchanged
+    state.
+    """
+    cases: list[dict[str, Any]] = []
+
+    def case(name: str, client: ClientMachine, method: str, message: bytes) -> None:
+        expected = "accepted"
+        try:
+            attempt(ClientMachine.restore(client.export_state(), *parties(world)), method, message)
+        except ProtocolError as error:
+            expected = error.code
+        state = client.export_state().hex()
+        cases.append(
+            {"name": name, "method": method, "state": state, "message": message.hex(), "expect": expected}
+        )
+
+    world = World(3, seed="failures", rounds=2, min_cohort=3)
+    client, names = world.clients["site-00"], list(world.names)
+    body = {"clients": names, "threshold": 2, "rounds": 2, "ring_bits": 64}
+    case("threshold of one", client, "open_epoch", world.request("propose", 0, {**body, "threshold": 1}))
+    case(
+        "unknown party",
+        client,
+        "open_epoch",
+        world.request("propose", 0, {**body, "clients": [*names, "zombie"]}),
+    )
+    case(
+        "cohort too small", client, "open_epoch", world.request("propose", 0, {**body, "clients": names[:2]})
+    )
+    case("trailing byte", client, "open_epoch", world.request("propose", 0, body) + b"\0")
+    case("unknown field", client, "open_epoch", world.request("propose", 0, {**body, "clip": 1}))
+    case(
+        "round before set-up",
+        client,
+        "unmask",
+        world.request("unmask", 1, {"survivors": names, "dropped": []}),
+    )
+    proposal = world.coordinator.propose(1).outbound["site-00"]
+    sent = {name: machine.open_epoch(proposal) for name, machine in world.clients.items()}
+    foreign = reseal(
+        parse(sent["site-01"], "site-01"), parse(sent["site-01"], "site-01").body, world.identities["site-02"]
+    )
+    case(
+        "bad signature",
+        client,
+        "deal_shares",
+        world.request("roster", 0, {"bundles": [sent["site-00"], foreign, sent["site-02"]]}),
+    )
+    case(
+        "wrong roster",
+        client,
+        "deal_shares",
+        world.request("roster", 0, {"bundles": [sent["site-01"], sent["site-02"]]}),
+    )
+
+    world = World(3, seed="failures", rounds=2, min_cohort=2)
+    client = world.clients["site-00"]
+    world.setup()
+    coding = LAYOUT.preflight(3).digest
+    case(
+        "no acknowledgements",
+        client,
+        "upload",
+        world.request("round", 1, {"coding": coding, "context": CONTEXT, "acks": []}),
+    )
+    world.round(1)
+    request = {"coding": coding, "context": CONTEXT, "acks": []}
+    case("replayed round", client, "upload", world.request("round", 1, request))
+    case("replayed epoch", client, "open_epoch", world.request("propose", 0, body))
+    case("another scale", client, "upload", world.request("round", 2, {**request, "coding": bytes(32)}))
+    case("another context", client, "upload", world.request("round", 2, {**request, "context": bytes(32)}))
+    case("rounds used up", client, "upload", world.request("round", 3, request))
+    case(
+        "asked again for other shares",
+        client,
+        "unmask",
+        world.request("unmask", 1, {"survivors": names[:2], "dropped": names[2:]}),
+    )
+    for name, message in world.coordinator.begin_round(2, CONTEXT, LAYOUT).outbound.items():
+        world.answer(name, message)
+    case(
+        "both share kinds asked",
+        client,
+        "unmask",
+        world.request("unmask", 2, {"survivors": names, "dropped": names[2:]}),
+    )
+    case(
+        "below threshold",
+        client,
+        "unmask",
+        world.request("unmask", 2, {"survivors": names[:1], "dropped": names[1:]}),
+    )
+    case(
+        "party not mentioned",
+        client,
+        "unmask",
+        world.request("unmask", 2, {"survivors": names[:2], "dropped": []}),
+    )
+    return {"provenance": PROVENANCE, "clients": 3, "cases": cases, "coding": coding_failures()}
+
+
+def coding_failures() -> list[dict[str, Any]]:
+    wide = Layout((Segment("reward", 2, 0.0, 1e6),), 32)
+    narrow = Layout((Segment("reward", 2, 0.0, 1.0),), 64)
+    return [
+        {"name": "overflow", "layout": wide.describe(), "ring_bits": 32, "parties": 100, "vector": [], "expect": Headroom.__name__},
+        {"name": "out of range", "layout": narrow.describe(), "ring_bits": 64, "parties": 3, "vector": [(0.5).hex(), (1.5).hex()],
+         "expect": OutOfRange.__name__},
+    ]  # fmt: skip
+
+
+def parties(world: World) -> tuple[Any, ...]:
+    return "site-00", world.identities["site-00"], world.directory, world.policy
+
+
+def attempt(client: ClientMachine, method: str, message: bytes) -> bytes:
+    """One step of a failure case, with a valid vector where one is needed."""
+    if method == "upload":
+        return client.upload(message, np.zeros(LAYOUT.size), layout=LAYOUT, context=CONTEXT)
+    step: bytes = getattr(client, method)(message)
+    return step
+
+
+if __name__ == "__main__":
+    HERE.mkdir(exist_ok=True)
+    for name, content in (("known_answers", known_answers()), ("failures", failures())):
+        (HERE / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
