@@ -3,21 +3,18 @@
 What it guarantees, whatever the coordinator does (see the package docstring for the argument):
 
 - it masks only with parties of its own directory whose keys are signed for this very proposal, never below
-  its minimum
-  cohort or threshold;
+  its minimum cohort or threshold;
 - every upload carries its self-mask and one mask per other dealer, each derived from the transcript, round,
-  coding and
-  context this client saw itself;
+  coding and context this client saw itself;
 - for each round it releases shares once, for one partition of the roster into survivors and dropped, so never
-  both kinds for
-  one party; and only for a partition its release policy opens;
+  both kinds for one party; and only for a partition its release policy opens;
 - a round is answered once: a later identical request gets the identical bytes, any other is refused, after a
   restart too;
 - a rejected message changes nothing.
 
 Every method takes one coordinator message and returns one reply; both are bytes. They raise
-`RemoteMisbehaviour` (blame the
-named sender) or `LocalMisuse` (blame the caller). Persist `export_state()` before a reply leaves.
+`RemoteMisbehaviour` (blame the named sender) or `LocalMisuse` (blame the caller). Persist `export_state()`
+before a reply leaves.
 """
 
 from __future__ import annotations
@@ -118,9 +115,7 @@ class ClientMachine:
     # -- set-up
 
     def open_epoch(self, message: bytes) -> bytes:
-        """Proposal in, signed bundle of fresh public keys and commitments out. Destroys an older epoch's
-        secrets.
-        """
+        """Proposal in, signed bundle of fresh public keys and commitments out. Destroys an older epoch."""
         envelope = peek(message)
         if reply := self._replay(message):
             return reply
@@ -154,8 +149,7 @@ class ClientMachine:
 
     def deal_shares(self, message: bytes) -> bytes:
         """Roster of bundles in; out: for every party of the roster an encrypted packet with its shares of
-        this client's
-        self-mask seeds and one-time mask keys of all rounds."""
+        this client's self-mask seeds and one-time mask keys of all rounds."""
         envelope = peek(message)
         if reply := self._replay(message):
             return reply
@@ -243,10 +237,8 @@ class ClientMachine:
         """Round request in, masked vector out.
 
         `vector` is (layout.size,) float64. `layout` and `context` (32 bytes: digest of what the vector was
-        computed from) are
-        what THIS client knows, never taken from the request: the request must agree with them. A value out of
-        range raises
-        `OutOfRange` and leaves the round unused.
+        computed from) are what THIS client knows, never taken from the request: the request must agree with
+        them. A value out of range raises `OutOfRange` and leaves the round unused.
         """
         envelope = peek(message)
         if reply := self._replay(message):
@@ -291,9 +283,8 @@ class ClientMachine:
 
     def unmask(self, message: bytes) -> bytes:
         """Partition of the roster into survivors and dropped in; this client's shares out: of the self-mask
-        seed for each
-        survivor, of the one-time mask key for each dropped party. Once per round, if the release policy opens
-        it."""
+        seed for each survivor, of the one-time mask key for each dropped party. Once per round, if the
+        release policy opens it."""
         envelope = peek(message)
         if reply := self._replay(message):
             return reply

@@ -1,8 +1,7 @@
 """A client's state of one epoch and its encoding for the client's own private store.
 
 The encoding holds secrets: it never leaves the client, and it must be on disk BEFORE a reply leaves (persist,
-then send),
-because a client restored from an older state could answer a round a second time.
+then send), because a client restored from an older state could answer a round a second time.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """The coordinator's machine: collects, relays, and opens sums. It is trusted with nothing but availability.
 
 Each phase works alike: a step returns `Continue(outbound)`; replies go to `receive(sender, message)` in any
-order; `advance()`
-ends the phase with whoever answered. A misbehaving or silent client costs its own participation, never the
-phase; what
-happened to it is in the `faults` of the outcome. All state is public data; `export_state` lets a killed
-coordinator go on.
+order; `advance()` ends the phase with whoever answered. A misbehaving or silent client costs its own
+participation, never the phase; what happened to it is in the `faults` of the outcome. All state is public
+data; `export_state` lets a killed coordinator go on.
 """
 
 from __future__ import annotations
@@ -84,9 +82,8 @@ class CoordinatorMachine:
     """One session of the coordinator; states and events are in `states.COORDINATOR_TABLE`.
 
     `clients` defaults to the whole directory, `threshold` to ceil(2n/3). `release` mirrors the clients'
-    policy, so that a sum
-    they would refuse is not asked for; it protects nobody by itself. Raises `BadParameters` before any
-    message is made.
+    policy, so that a sum they would refuse is not asked for; it protects nobody by itself. Raises
+    `BadParameters` before any message is made.
     """
 
     def __init__(
@@ -213,8 +210,7 @@ class CoordinatorMachine:
         """Take a reply of this phase. `sender` is who the transport says it is.
 
         Raises `RemoteMisbehaviour` (recorded in the faults as well) for anything but the one valid reply or a
-        signed refusal;
-        an identical repetition is ignored.
+        signed refusal; an identical repetition is ignored.
         """
         if self.state not in EXPECTED:
             raise IllegalEvent(f"'receive' is not allowed in coordinator state '{self.state.value}'")

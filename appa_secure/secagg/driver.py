@@ -1,8 +1,7 @@
 """Drives the machines over any transport: in process, Flower's engine, or a deployment.
 
 A transport is `exchange(outbound) -> replies`: bytes by client id, in both directions; a client missing from
-the replies
-dropped out. Client side, `respond` turns one incoming message into one reply, refusals included.
+the replies dropped out. Client side, `respond` turns one incoming message into one reply, refusals included.
 """
 
 from __future__ import annotations
@@ -49,8 +48,7 @@ def in_process(clients: Mapping[str, Handler]) -> Exchange:
 
 def respond(machine: ClientMachine, message: bytes, contribute: Contribute | None = None) -> bytes | None:
     """The client's reply to one coordinator message: a protocol reply, a signed refusal with its reason, or
-    None for a notice
-    that takes no reply. `contribute` supplies the vector when a round is asked for."""
+    None for a notice that takes no reply. `contribute` supplies the vector when a round is asked for."""
     try:
         request = peek(message)
         if request.type == ROUND and contribute is not None:

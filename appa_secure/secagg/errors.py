@@ -1,10 +1,8 @@
 """Errors of the protocol, split by blame.
 
 `LocalMisuse` is the fault of the code that called the machine; `RemoteMisbehaviour` is the fault of whoever
-sent the message
-and always names the sender. Both keep their reason: a rejection without a reason is useless to an auditor. No
-message ever
-quotes a secret or an input value.
+sent the message and always names the sender. Both keep their reason: a rejection without a reason is useless
+to an auditor. No message ever quotes a secret or an input value.
 """
 
 from __future__ import annotations

@@ -1,16 +1,14 @@
 """Fixed-point coding of real vectors in Z_2^32 or Z_2^64, with the proof that sums cannot wrap.
 
 A `Layout` names the segments of a payload and the range of each. `layout.preflight(n)` chooses, per segment,
-the largest
-number f of fractional bits for which the sum of n parties stays inside the ring AND inside float64's 53 bits:
+the largest number f of fractional bits for which the sum of n parties stays inside the ring AND inside
+float64's 53 bits:
 
     n * ceil(max(|lo|, |hi|) * 2^f) < 2^min(ring_bits - 1, 53)
 
 so decoding is exact and the only error is rounding on encoding: at most 2^-(f+1) per party, n * 2^-(f+1) per
-sum. A value
-outside its range is an error, never clipped: clipping would bias the sum in silence. Clear mode uses the same
-coding, which
-is what makes blind and clear runs equal bit by bit.
+sum. A value outside its range is an error, never clipped: clipping would bias the sum in silence. Clear mode
+uses the same coding, which is what makes blind and clear runs equal bit by bit.
 """
 
 from __future__ import annotations
@@ -180,8 +178,7 @@ class Coding:
         """(L,) real sum of `contributors` <= parties encoded vectors.
 
         Raises `SumOutOfRange` when an entry lies outside what so many in-range values can sum to, which is
-        what is left when
-        masks do not cancel.
+        what is left when masks do not cancel.
         """
         if not 0 <= contributors <= self.parties:
             raise BadParameters(f"sum of {contributors} contributors, coding made for {self.parties}")

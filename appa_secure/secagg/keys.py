@@ -1,11 +1,9 @@
 """Identities, key agreement and the one domain-separation function.
 
 Everything that is hashed, signed, derived or authenticated starts with `bind(purpose, ...)`: protocol
-version, purpose, and
-each field with its type and length, so no two uses can ever see the same bytes. Secrets have no repr. Python
-cannot wipe
-memory reliably (immutable `bytes` are copied at will); secrets are dropped, or zeroed where they live in
-numpy arrays.
+version, purpose, and each field with its type and length, so no two uses can ever see the same bytes. Secrets
+have no repr. Python cannot wipe memory reliably (immutable `bytes` are copied at will); secrets are dropped,
+or zeroed where they live in numpy arrays.
 """
 
 from __future__ import annotations

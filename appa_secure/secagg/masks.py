@@ -1,8 +1,8 @@
 """Mask expansion: AES-256-CTR keystreams added in Z_2^32 or Z_2^64.
 
 Nonce discipline: every keystream has a key of its own, derived for (pair or party, round, transcript, coding,
-context), and
-starts at counter zero. A key is used for one vector and forgotten, so no keystream can meet two payloads.
+context), and starts at counter zero. A key is used for one vector and forgotten, so no keystream can meet two
+payloads.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ def ring_dtype(ring_bits: int) -> np.dtype[Any]:
 
 def mask_key(seed: bytes, round_id: int, coding: bytes, context: bytes) -> bytes:
     """AES key of one keystream. `seed` is already bound to session, epoch, round, transcript and parties; the
-    fixed-point
-    coding and the round's context are added here, so parties that disagree on either produce masks that do
-    not cancel."""
+    fixed-point coding and the round's context are added here, so parties that disagree on either produce
+    masks that do not cancel."""
     return expand(seed, bind("mask", round_id, coding, context))
 
 

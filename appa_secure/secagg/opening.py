@@ -1,12 +1,10 @@
 """Opening a round: shares to secrets, secrets to the plain sum, wrong shares to their author.
 
 Only secrets of the one round are ever reconstructed: the self-mask seeds of its survivors, the one-time mask
-keys of its
-dropped parties. Each is checked against what its owner committed to at set-up. On a mismatch every share is
-compared with the
-digests its dealer signed: shares that differ are their holder's fault, that holder's answer is set aside and
-the rest goes
-on; if all agree and still no secret comes out, the dealer dealt badly.
+keys of its dropped parties. Each is checked against what its owner committed to at set-up. On a mismatch
+every share is compared with the digests its dealer signed: shares that differ are their holder's fault, that
+holder's answer is set aside and the rest goes on; if all agree and still no secret comes out, the dealer
+dealt badly.
 """
 
 from __future__ import annotations
@@ -46,8 +44,7 @@ def reconstruct(
     found.
 
     `digests[dealer, holder]` are the signed share digests of set-up. Raises `BelowThreshold` when fewer than
-    threshold good
-    answers are left, `BadShare` naming a dealer whose own shares give no secret.
+    threshold good answers are left, `BadShare` naming a dealer whose own shares give no secret.
     """
     threshold = roster.parameters.threshold
     culprits: set[str] = set()

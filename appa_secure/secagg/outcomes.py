@@ -47,8 +47,7 @@ class Aggregate:
     """The sum of `contributors`, decoded (L,) float64 and as it stood in the ring.
 
     `dropped`: roster members not in the sum. `culprits`: who handed in shares that their dealers never dealt
-    (their own
-    uploads are in the sum all the same).
+    (their own uploads are in the sum all the same).
     """
 
     round: int

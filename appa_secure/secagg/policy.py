@@ -1,14 +1,12 @@
-"""What an epoch may look like: the parameters everybody agrees on, and the policy each client checks them
-against.
+"""What an epoch may look like: its parameters, and the policy each client checks them against.
 
 A client takes none of its safety parameters from the coordinator: a proposal weaker than the client's own
 policy is refused.
 
 Threshold. Unmasking needs t of the n clients of the proposal. For a coordinator to learn both secrets of one
-client in one
-round it must show two survivor sets, each to t clients; honest clients answer once per round, so with c
-colluding clients
-that needs 2t <= n + c. t = ceil(2n/3) makes it impossible for c < n/3, and t > n/2 for c = 0.
+client in one round it must show two survivor sets, each to t clients; honest clients answer once per round,
+so with c colluding clients that needs 2t <= n + c. t = ceil(2n/3) makes it impossible for c < n/3, and t >
+n/2 for c = 0.
 """
 
 from __future__ import annotations
@@ -29,9 +27,7 @@ DEFAULT_ROUNDS = 64
 
 
 def threshold_for(parties: int, fraction: float = 2 / 3) -> int:
-    """ceil(fraction * parties), and more than half in any case. 0.667 means two thirds (denominators up to
-    100).
-    """
+    """ceil(fraction * parties), and more than half in any case. 0.667 is read as two thirds."""
     if not 0.5 <= fraction <= 1:
         raise BadParameters(f"threshold fraction {fraction}: must lie in [0.5, 1]")
     return max(math.ceil(Fraction(fraction).limit_denominator(100) * parties), parties // 2 + 1)
@@ -75,15 +71,14 @@ class EpochParameters:
 class ClientPolicy:
     """One client's own limits.
 
-    `release` decides when a sum may be opened (PRIVACY: participation differencing):
-    `abort`    only for the whole roster, and only for a roster that is the whole directory. Nobody can be
-               left out of a sum,
-               so there are no two sums to subtract. A party that stays away for good needs new directories at
-               every site.
-    `recover`  any survivors >= max(threshold, min_cohort). The coordinator may obtain two sums that differ in
-               one party
-               (same inputs, with and without it) and subtract: only for members whose single input may be
-               learnt.
+    `release` decides when a sum may be opened (participation differencing):
+
+    - `abort`: only for the whole roster, and only for a roster that is the whole directory. Nobody can be left
+      out of a sum, so there are no two sums to subtract. A party that stays away for good needs new directories
+      at every site.
+    - `recover`: any survivors >= max(threshold, min_cohort). The coordinator may obtain two sums that differ in
+      one party (same inputs, with and without it) and subtract: only for members whose single input may be
+      learnt.
     """
 
     min_cohort: int = 5

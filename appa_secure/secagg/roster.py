@@ -1,10 +1,9 @@
 """The signed roster of an epoch: what clients and coordinator compute from the same bundles.
 
 Three digests, each containing the one before: proposal (parameters) -> roster (all bundles, in id order:
-gives every client
-its share point) -> transcript (plus the final list of dealers). The transcript salts every mask derivation,
-so two clients
-with different views of who takes part, or of anyone's keys, produce masks that do not cancel.
+gives every client its share point) -> transcript (plus the final list of dealers). The transcript salts every
+mask derivation, so two clients with different views of who takes part, or of anyone's keys, produce masks
+that do not cancel.
 """
 
 from __future__ import annotations
@@ -145,9 +144,8 @@ def share_context(parameters: EpochParameters, roster: bytes, dealer: str, holde
 
 def share_digests(parameters: EpochParameters, dealer: str, holder: str, shares: bytes) -> bytes:
     """Truncated hashes of all 2 * rounds shares of one packet, signed by the dealer so that a wrong share can
-    be pinned on
-    whoever is at fault: on the holder when it does not match, on the dealer when all match and no secret
-    comes out.
+    be pinned on whoever is at fault: on the holder when it does not match, on the dealer when all match and
+    no secret comes out.
 
     128 bits suffice: a holder would need a second preimage. Hiding because a share has 279 bits of entropy.
     """

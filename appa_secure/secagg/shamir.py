@@ -1,9 +1,8 @@
 """Shamir secret sharing (Shamir 1979) of many 32-byte secrets at once over the prime field of p = 2^31 - 1.
 
 A secret is nine little-endian limbs of 30 bits; each limb is the constant term of its own random polynomial
-of degree t - 1.
-A share is the nine values at one non-zero point: 36 bytes, whatever t and n. Any t - 1 shares are independent
-of the secret.
+of degree t - 1. A share is the nine values at one non-zero point: 36 bytes, whatever t and n. Any t - 1
+shares are independent of the secret.
 """
 
 from __future__ import annotations
@@ -53,8 +52,7 @@ def combine(points: Sequence[int], shares: NDArray[np.uint32]) -> list[bytes | N
     """Secrets from exactly the given shares: `shares` is (len(points), S, 9) with distinct points.
 
     None where the result is not 32 bytes in limbs, which no honestly dealt secret is. A wrong share otherwise
-    gives a wrong
-    secret: the caller checks each against its commitment.
+    gives a wrong secret: the caller checks each against its commitment.
     """
     total = np.zeros(shares.shape[1:], dtype=np.uint64)
     for weight, row in zip(_lagrange(tuple(points)), shares, strict=True):

@@ -1,8 +1,7 @@
 """The transition tables: everything that moves a machine stands here.
 
 A (state, event) pair that is not listed is illegal: it raises and changes nothing. Machines validate first,
-compute, and move
-last, so an exception leaves them where they were.
+compute, and move last, so an exception leaves them where they were.
 """
 
 from __future__ import annotations

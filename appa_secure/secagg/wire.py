@@ -1,15 +1,13 @@
 """Messages on the wire.
 
-A message is the canonical CBOR array [payload, signature]. The payload is the canonical CBOR map
-{version, type, session, epoch, round, sender, body}; the signature is Ed25519 over bind("message",
-SHA-256(payload)), so it
-covers every field of the envelope. Bodies have a fixed set of fields per type (`BODIES`).
+A message is the canonical CBOR array [payload, signature]. The payload is the canonical CBOR map {version,
+type, session, epoch, round, sender, body}; the signature is Ed25519 over bind("message", SHA-256(payload)),
+so it covers every field of the envelope. Bodies have a fixed set of fields per type (`BODIES`).
 
 Client messages are signed. Coordinator messages carry an empty signature: the coordinator is not trusted, a
-client acts on
-nothing in them that it has not checked against signed client messages or its own policy, so whoever forges
-one is no
-stronger than a dishonest coordinator. Confidentiality towards the network is the transport's (TLS).
+client acts on nothing in them that it has not checked against signed client messages or its own policy, so
+whoever forges one is no stronger than a dishonest coordinator. Confidentiality towards the network is the
+transport's (TLS).
 """
 
 from __future__ import annotations

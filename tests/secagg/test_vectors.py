@@ -1,4 +1,4 @@
-"""Replays the JSON vectors. A change of any of these bytes is a change of the protocol and needs a new version."""
+"""Replays the JSON vectors. A change of any byte is a change of the protocol and needs a new version."""
 
 from __future__ import annotations
 

@@ -37,11 +37,26 @@ def test_whatever_is_accepted_is_canonical(data: bytes) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"\x00\x00", b"\x18\x01", b"\x19\x00\xff", b"\x5f\xff", b"\x9f\xff", b"\x20", b"\xc0\x60", b"\xf5",
-        b"\xf6",         b"\xf9\x00\x00", b"\xa2\x61b\x01\x61a\x01", b"\xa2\x61a\x01\x61a\x01", b"\xa1\x01\x01", b"\x61\xff",
-        b"\x9b" + b"\xff" * 8, b"\x5b" + b"\xff" * 8, b"\x81" * 50 + b"\x00",
+        b"",
+        b"\x00\x00",
+        b"\x18\x01",
+        b"\x19\x00\xff",
+        b"\x5f\xff",
+        b"\x9f\xff",
+        b"\x20",
+        b"\xc0\x60",
+        b"\xf5",
+        b"\xf6",
+        b"\xf9\x00\x00",
+        b"\xa2\x61b\x01\x61a\x01",
+        b"\xa2\x61a\x01\x61a\x01",
+        b"\xa1\x01\x01",
+        b"\x61\xff",
+        b"\x9b" + b"\xff" * 8,
+        b"\x5b" + b"\xff" * 8,
+        b"\x81" * 50 + b"\x00",
     ],
-)  # fmt: skip
+)
 def test_other_encodings_are_refused(data: bytes) -> None:
     with pytest.raises(cbor.NotCanonical):
         cbor.decode(data)

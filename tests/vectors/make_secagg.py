@@ -3,10 +3,9 @@
     PYTHONPATH=. python tests/vectors/make_secagg.py
 
 All randomness is SHAKE-256 of a counter (`tests.secagg.world.seeded`), so running it again writes the same
-files. The keys in
-the vectors are test keys. `known_answers.json` pins the primitives and a whole epoch; `failures.json` holds,
-per case, a
-client's stored state, one coordinator message and the refusal it must lead to.
+files. The keys in the vectors are test keys. `known_answers.json` pins the primitives and a whole epoch;
+`failures.json` holds, per case, a client's stored state, one coordinator message and the refusal it must lead
+to.
 """
 
 from __future__ import annotations
@@ -39,16 +38,38 @@ def known_answers() -> dict[str, Any]:
     vector = [0.0, 1.0, 0.5, 1 / 3, -2.0, 3.0]
     return {
         "provenance": PROVENANCE,
-        "bind": {"purpose": "test", "fields": ["text", 5, "bytes:00ff"], "out": bind("test", "text", 5, b"\x00\xff").hex()},
-        "derive": {"secret": seed.hex(), "salt": "aa" * 32, "info": "bb", "out": derive(seed, b"\xaa" * 32, b"\xbb").hex()},
-        "mask": {"seed": seed.hex(), "round": 7, "coding": "01" * 32, "context": "02" * 32, "key": key.hex(),
-                 "start": list(range(6)), "out": masked.tobytes().hex()},
+        "bind": {
+            "purpose": "test",
+            "fields": ["text", 5, "bytes:00ff"],
+            "out": bind("test", "text", 5, b"\x00\xff").hex(),
+        },
+        "derive": {
+            "secret": seed.hex(),
+            "salt": "aa" * 32,
+            "info": "bb",
+            "out": derive(seed, b"\xaa" * 32, b"\xbb").hex(),
+        },
+        "mask": {
+            "seed": seed.hex(),
+            "round": 7,
+            "coding": "01" * 32,
+            "context": "02" * 32,
+            "key": key.hex(),
+            "start": list(range(6)),
+            "out": masked.tobytes().hex(),
+        },
         "shamir": {"secret": seed.hex(), "threshold": 3, "shares": [pack(row).hex() for row in dealt]},
-        "coding": {"layout": LAYOUT.describe(), "ring_bits": 64, "parties": 4, "bits": list(coding.bits),
-                   "digest": coding.digest.hex(), "vector": [v.hex() for v in vector],
-                   "out": coding.encode(np.array(vector)).tobytes().hex()},
+        "coding": {
+            "layout": LAYOUT.describe(),
+            "ring_bits": 64,
+            "parties": 4,
+            "bits": list(coding.bits),
+            "digest": coding.digest.hex(),
+            "vector": [v.hex() for v in vector],
+            "out": coding.encode(np.array(vector)).tobytes().hex(),
+        },
         "epoch": epoch(),
-    }  # fmt: skip
+    }
 
 
 def epoch() -> dict[str, Any]:
@@ -101,7 +122,7 @@ def failures() -> dict[str, Any]:
         "unknown party",
         client,
         "open_epoch",
-        world.request("propose", 0, {**body, "clients": [*names, "zombie"]}),
+        world.request("propose", 0, {**body, "threshold": 3, "clients": [*names, "zombie"]}),
     )
     case(
         "cohort too small", client, "open_epoch", world.request("propose", 0, {**body, "clients": names[:2]})
@@ -182,10 +203,23 @@ def coding_failures() -> list[dict[str, Any]]:
     wide = Layout((Segment("reward", 2, 0.0, 1e6),), 32)
     narrow = Layout((Segment("reward", 2, 0.0, 1.0),), 64)
     return [
-        {"name": "overflow", "layout": wide.describe(), "ring_bits": 32, "parties": 100, "vector": [], "expect": Headroom.__name__},
-        {"name": "out of range", "layout": narrow.describe(), "ring_bits": 64, "parties": 3, "vector": [(0.5).hex(), (1.5).hex()],
-         "expect": OutOfRange.__name__},
-    ]  # fmt: skip
+        {
+            "name": "overflow",
+            "layout": wide.describe(),
+            "ring_bits": 32,
+            "parties": 100,
+            "vector": [],
+            "expect": Headroom.__name__,
+        },
+        {
+            "name": "out of range",
+            "layout": narrow.describe(),
+            "ring_bits": 64,
+            "parties": 3,
+            "vector": [(0.5).hex(), (1.5).hex()],
+            "expect": OutOfRange.__name__,
+        },
+    ]
 
 
 def parties(world: World) -> tuple[Any, ...]:
