@@ -8,6 +8,7 @@ payloads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,12 @@ def mask_key(seed: bytes, round_id: int, coding: bytes, context: bytes) -> bytes
     """AES key of one keystream. `seed` is already bound to session, epoch, round, transcript and parties; the
     fixed-point coding and the round's context are added here, so parties that disagree on either produce
     masks that do not cancel."""
-    return expand(seed, bind("mask", round_id, coding, context))
+    return expand(seed, _mask_info(round_id, coding, context))
+
+
+@lru_cache(maxsize=8)  # the same for all keys of a round
+def _mask_info(round_id: int, coding: bytes, context: bytes) -> bytes:
+    return bind("mask", round_id, coding, context)
 
 
 def apply_masks(vector: RingVector, add: Sequence[bytes], subtract: Sequence[bytes]) -> None:

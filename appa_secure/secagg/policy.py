@@ -73,12 +73,12 @@ class ClientPolicy:
 
     `release` decides when a sum may be opened (participation differencing):
 
-    - `abort`: only for the whole roster, and only for a roster that is the whole directory. Nobody can be left
-      out of a sum, so there are no two sums to subtract. A party that stays away for good needs new directories
-      at every site.
-    - `recover`: any survivors >= max(threshold, min_cohort). The coordinator may obtain two sums that differ in
-      one party (same inputs, with and without it) and subtract: only for members whose single input may be
-      learnt.
+    - `abort`: only for the whole roster, and only for a roster that is the whole directory. Nobody can be
+      left out of a sum, so there are no two sums to subtract. A party that stays away for good needs new
+      directories at every site.
+    - `recover`: any survivors >= max(threshold, min_cohort). The coordinator may obtain two sums that differ
+      in one party (same inputs, with and without it) and subtract: only for members whose single input may
+      be learnt.
     """
 
     min_cohort: int = 5
