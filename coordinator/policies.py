@@ -4,13 +4,13 @@ The warm-up teaches only the form of an answer, on public text with random valid
 starts out well-formed and undecided.
 """
 
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -26,12 +26,13 @@ from transformers import (
 
 from appa_secure.errors import ConfigError
 from coordinator.llama2c import load_llama2c
-from coordinator.sampling import sample
+from coordinator.sampling import left_pad, sample
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 WEIGHTS = tuple(str(weight) for weight in range(11))  # the words of a distribution
 LETTERS = tuple("ABCDEFGHIJ")  # the words of a ranking or choice
 MAX_POSITIONS = 1024
+ANSWERS = 4  # random answers to each prompt of a warm-up batch
 
 
 def build_policy(
@@ -170,10 +171,10 @@ def warm_up(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    answer: Callable[[np.random.Generator, int], str],
+    answer: Callable[[random.Random, int], str],
     steps: int,
     lr: float,
-    batch_size: int = 32,
+    batch_size: int = 16,
     seed: int = 0,
     valid: Callable[[str, int], bool] | None = None,
     target: float = 0.98,
@@ -186,15 +187,14 @@ def warm_up(
         prompts: public prompts.
         answer: draws a random valid answer text to prompt number i; the loss is on it and the end token
             alone.
-        steps: at most so many optimiser steps of ``batch_size`` prompts; 0 does nothing.
+        steps: at most so many optimiser steps of ``batch_size`` prompts, with ANSWERS answers each; 0 does nothing.
         lr: peak learning rate of AdamW, 20 steps linear warm-up, then constant.
         valid: whether a sampled text is an answer to prompt number i; asked about 64 samples every 25 steps.
             The warm-up ends when ``target`` of them are valid. None uses up all steps.
         max_new_tokens: length of these samples.
         progress: called after each step with (step, loss).
     """
-    draw = np.random.default_rng(seed)
-    device = model.device
+    draw = random.Random(seed)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, weight_decay=0.0)
     losses: list[float] = []
     share: float | None = None
@@ -202,9 +202,13 @@ def warm_up(
     model.train()
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     for step in range(1, steps + 1):
-        rows = draw.integers(len(prompts), size=batch_size).tolist()
-        answers = [_answer_ids(tokenizer, prompts[i], encoded[i], answer(draw, i)) for i in rows]
-        loss = _answer_loss(model, tokenizer.pad_token_id, [encoded[i] for i in rows], answers, device)
+        rows = draw.choices(range(len(prompts)), k=batch_size)
+        answers = [
+            _answer_ids(tokenizer, prompts[i], encoded[i], answer(draw, i))
+            for i in rows
+            for _ in range(ANSWERS)
+        ]
+        loss = _answer_loss(model, tokenizer.pad_token_id, [encoded[i] for i in rows], answers)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, step / 20)
         optimizer.zero_grad()
@@ -215,7 +219,7 @@ def warm_up(
         if progress is not None:
             progress(step, losses[-1])
         if valid is not None and (step % 25 == 0 or step == steps):
-            rows = draw.integers(len(prompts), size=64).tolist()
+            rows = draw.choices(range(len(prompts)), k=64)
             texts = sample(
                 model, tokenizer, [prompts[i] for i in rows], 1, 1.0, max_new_tokens, seed=seed + step
             )
@@ -239,27 +243,24 @@ def _answer_ids(
 
 
 def _answer_loss(
-    model: PreTrainedModel,
-    pad_id: int,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    device: torch.device,
+    model: PreTrainedModel, pad_id: int, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Mean negative log-likelihood of the answer tokens; prompts padded on the left, answers on the right."""
-    width, length = max(map(len, prompts)), max(map(len, answers))
-    ids = torch.full((len(prompts), width + length), pad_id)
-    mask = torch.zeros_like(ids)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        here = slice(width - len(prompt), width + len(answer))
-        ids[row, here], mask[row, here] = torch.tensor([*prompt, *answer]), 1
-    ids, mask = ids.to(device), mask.to(device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(
-        input_ids=ids[:, :-1],
-        attention_mask=mask[:, :-1],
-        position_ids=positions[:, :-1],
-        logits_to_keep=length,
-        use_cache=False,
-    ).logits  # (B, T, V)
-    labels = ids[:, width:].masked_fill(mask[:, width:] == 0, -100)
+    """Mean negative log-likelihood of the answer tokens; each prompt is read once for its ANSWERS answers."""
+    ids, mask = left_pad(prompts, pad_id, model.device)  # (B, P)
+    length = max(map(len, answers))
+    labels = torch.tensor(
+        [[*a, *[-100] * (length - len(a))] for a in answers], device=model.device
+    )  # (B A, T)
+    kept = (labels >= 0).long()
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    head = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
+    head.past_key_values.batch_repeat_interleave(ANSWERS)
+    mask, last = mask.repeat_interleave(ANSWERS, 0), position[:, -1:].repeat_interleave(ANSWERS, 0)
+    tail = model(
+        input_ids=labels[:, :-1].clamp(min=0),
+        attention_mask=torch.cat([mask, kept[:, :-1]], dim=1),
+        position_ids=last + torch.arange(1, length, device=model.device),
+        past_key_values=head.past_key_values,
+    )
+    logits = torch.cat([head.logits.repeat_interleave(ANSWERS, 0), tail.logits], dim=1)  # (B A, T, V)
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)

@@ -167,7 +167,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _group(self, rows: int) -> int:
         """Completions per prompt if ``rows`` consist of whole prompts that may share one pass, else 1."""
-        shareable = rows % self.num_generations == 0 and not self.args.gradient_checkpointing
+        shareable = rows % self.num_generations == 0 and not self.args.activation_checkpointing
         return int(self.num_generations) if shareable else 1
 
     # ---- rollouts: sample, score, advantages ---------------------------------------------------------------

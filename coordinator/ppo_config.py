@@ -48,7 +48,7 @@ class PPOConfig(GRPOConfig):
     loss_type: str = "bnpo"
     scale_rewards: str = "none"
     disable_dropout: bool = True
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool | None = False
     bf16: bool | None = False
     lr_scheduler_type: str = "constant"
     remove_unused_columns: bool = False

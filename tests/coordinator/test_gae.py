@@ -134,7 +134,9 @@ def test_whitened_tokens_have_mean_0_and_variance_1_and_padding_stays_0(batch):
 def test_moments_of_two_processes_add_up():
     x, mask = torch.randn(6, 4), (torch.rand(6, 4) > 0.3).float()
     both = masked_moments(x[:2], mask[:2]) + masked_moments(x[2:], mask[2:])
-    assert torch.allclose(whiten(x, mask), torch.cat([whiten(x[:2], mask[:2], both), whiten(x[2:], mask[2:], both)]))
+    assert torch.allclose(
+        whiten(x, mask), torch.cat([whiten(x[:2], mask[:2], both), whiten(x[2:], mask[2:], both)])
+    )
 
 
 def test_an_empty_mask_gives_zero_with_a_zero_gradient():

@@ -46,7 +46,9 @@ def length_reward(completions, **_):
     return [0.1 * len(text.split()) for text in completions]
 
 
-def trainer(tmp_path, tokenizer, model=None, reward=length_reward, prompts=PROMPTS, on_step=None, peft=None, **sizes):
+def trainer(
+    tmp_path, tokenizer, model=None, reward=length_reward, prompts=PROMPTS, on_step=None, peft=None, **sizes
+):
     extra = {k: sizes.pop(k) for k in list(sizes) if k not in SIZES}
     config = make_config(SimpleNamespace(**{**SIZES, **sizes}), tmp_path, 3, extra.pop("length", 5), **extra)
     data = Dataset.from_dict({"prompt": list(prompts), "qid": [f"q{i}" for i in range(len(prompts))]})
@@ -334,7 +336,9 @@ def test_lora_trains_the_adapter_against_the_model_without_it_and_resumes_exactl
     assert abs(seen[2]["kl"]) > 1e-6
     state = ppo.model.state_dict()
     for name, weight in base.state_dict().items():
-        kept = state.get(f"base_model.model.{name}", state.get(f"base_model.model.{name[:-7]}.base_layer.weight"))
+        kept = state.get(
+            f"base_model.model.{name}", state.get(f"base_model.model.{name[:-7]}.base_layer.weight")
+        )
         assert torch.equal(kept, weight)
     ppo.save_policy(tmp_path / "policy")
     loaded = PeftModel.from_pretrained(tiny(tokenizer), tmp_path / "policy").state_dict()
