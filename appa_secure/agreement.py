@@ -95,12 +95,8 @@ class Agreement:
         """What one client sends for `batch` rollouts."""
         if self.cohort:
             return Layout((Segment("r", batch, 0.0, 1.0),), self.ring_bits)
-        # The smooth minimum and maximum span e^32: the few fractional bits left are ample, since they enter a logarithm.
-        sharp = self.aggregation.kind in ("min", "max")
         parts = segments(self.aggregation, batch)
-        return Layout(
-            tuple(Segment(n, size, lo, hi, 0 if sharp and n == "E" else 8) for n, size, lo, hi in parts), self.ring_bits
-        )
+        return Layout(tuple(Segment(*part) for part in parts), self.ring_bits)
 
     def sessions(self, client: str) -> dict[str, tuple[Directory, ClientPolicy]]:
         """The secure-aggregation sessions a client takes part in: name -> (directory, the client's own policy)."""

@@ -75,6 +75,9 @@ class DataConfig(Section):
     context: Count = _about(40, "questions whose private noisy counts describe a group to the predictor")
     heldout_fraction: float = _about(0.2, "share of the questions that nobody trains on", gt=0, lt=1)
     min_responses: int = _about(30, "fewest answers per group for a question to be used", ge=0)
+    min_groups: Count | None = _about(
+        None, "globalopinionqa: in how many of the groups a question must have been asked; null: all"
+    )
     ordinal_only: bool = _about(True, "use only questions whose options have an order")
     nominal_respondents: Count | None = _about(
         None, "globalopinionqa: respondents assumed behind each published distribution"
@@ -179,7 +182,7 @@ class AggregationConfig(Section):
     fi_scope: Literal["question", "batch"] = _about(
         "question", "fairness index per rollout, or one per batch (leaks less)"
     )
-    sharpness: Positive = _about(32.0, "min, max in blind mode: exponent scale of the approximation")
+    sharpness: Positive = _about(24.0, "min, max in blind mode: exponent scale of the approximation")
 
 
 class FederationConfig(Section):

@@ -139,7 +139,10 @@ class Client:
 
     def _context(self, body: Mapping[str, Any]) -> bytes:
         a, plan = self.agreement, self.agreement.plan
-        sizes = {q: len(self._embeddings[q]) for q in plan.context}
+        # Which questions a group was asked is public; the others would enter as pure noise.
+        sizes = {q: len(self._embeddings[q]) for q in plan.context if self._data.has(q)}
+        if not sizes:
+            raise Refusal("NoContext", "this group was asked none of the context questions; raise data.context")
         rows: list[dict[str, Any]] = []
         if not self._state["context"]:
             if plan.private:
@@ -159,7 +162,7 @@ class Client:
     def _shares(self) -> dict[str, np.ndarray]:
         if not self._state["context"]:
             raise Refusal("OutOfOrder", "the private context has not been made yet")
-        return {q: np.frombuffer(self._state["context"][q]) for q in self.agreement.plan.context}
+        return {q: np.frombuffer(shares) for q, shares in self._state["context"].items()}
 
     # -- secure aggregation ----------------------------------------------------------------------------------------
 
@@ -229,8 +232,8 @@ class Client:
         if self._state["history"]:
             raise Refusal("OutOfOrder", "alignment has begun; the predictor cannot change any more")
         unflatten(self._model, vector)
-        shares, plan, asked = self._shares(), self.agreement.plan, self.agreement.question_order
-        points = context_points([self._embeddings[q] for q in plan.context], [shares[q] for q in plan.context])
+        shares, asked = self._shares(), self.agreement.question_order
+        points = context_points([self._embeddings[q] for q in shares], list(shares.values()))
         predicted = predict(self._model, points, [self._embeddings[q] for q in asked])
         self._state["predicted"] = {q: p.tobytes() for q, p in zip(asked, predicted, strict=True)}
         self._state["vector"] = {}

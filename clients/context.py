@@ -37,8 +37,8 @@ def private_context(
 ) -> tuple[dict[str, np.ndarray], float]:
     """Noisy preference shares of the context questions, and the noisy mean number of answers per question.
 
-    sizes: context question -> number of options K, also for questions the group was never asked (released as noise, so
-    that having been asked is covered too). noise: standard deviation in counts (unit record: in shares).
+    sizes: context question the group was asked (public) -> number of options K. noise: standard deviation in counts
+    (unit record: in shares).
     Returns question -> (K,) shares on the simplex; and the mean over questions of the noisy totals, >= 1.
     """
     raw = _bounded_counts(data, sizes, unit, answers_per_unit, key, question_order)
@@ -53,8 +53,8 @@ def private_context(
 
 
 def raw_context(data: GroupData, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """True shares of the context questions, uniform where the group was not asked; for runs without privacy only."""
-    return {q: data.distribution(q) if data.has(q) else np.full(k, 1.0 / k) for q, k in sizes.items()}
+    """True shares of the context questions; for runs without privacy only."""
+    return {q: data.distribution(q) for q in sizes}
 
 
 def to_simplex(counts: np.ndarray) -> np.ndarray:
@@ -73,9 +73,9 @@ def _bounded_counts(
     question_order: Sequence[str],
 ) -> dict[str, np.ndarray]:
     if unit == "record":
-        return {q: data.distribution(q) if data.has(q) else np.zeros(k) for q, k in sizes.items()}
+        return {q: data.distribution(q) for q in sizes}
     if unit == "response":
-        return {q: data.counts[q] if data.has(q) else np.zeros(k) for q, k in sizes.items()}
+        return {q: data.counts[q] for q in sizes}
     assert data.responses is not None
     counts = {q: np.zeros(k) for q, k in sizes.items()}
     rng = sampler(key, "context-contribution-bound")

@@ -25,7 +25,7 @@ from appa_secure.predictor import PreferencePredictor, context_points, flatten, 
 from appa_secure.privacy.noise import gaussian, sampler
 from appa_secure.privacy.plan import TrainingPlan
 
-_CHUNK = 256  # examples per backward pass: bounds memory at _CHUNK x parameters floats
+_CHUNK = 64  # examples per backward pass: per-example gradients stay near the caches, memory bounded
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class LocalTrainer:
         question_order: Sequence[str],
         noise_key: bytes,
     ) -> None:
-        """context: question -> private distribution (K,); responses_per_question: estimated from private counts."""
+        """context: asked context question -> private distribution (K,); responses_per_question: its noisy mean."""
         self.plan, self.embeddings, self.context = plan, embeddings, context
         self.noise_key = noise_key
         self.expected = max(responses_per_question, 1.0)
@@ -109,6 +109,7 @@ class LocalTrainer:
 
     def _step(self, model: PreferencePredictor, questions: Sequence[str], context: Sequence[str], label: str) -> None:
         here = [q for q in questions if q in self.counts]
+        context = [q for q in context if q in self.context][: self.plan.context_per_step]
         points = context_points([self.embeddings[q] for q in context], [self.context[q] for q in context])
         if not self.plan.private:
             self._plain_step(model, here, points)

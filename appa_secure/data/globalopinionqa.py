@@ -47,6 +47,7 @@ class GlobalOpinionQAConfig(Protocol):
     groups: Sequence[str] | None
     nominal_respondents: int | None
     ordinal_only: bool
+    min_groups: int | None
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def load(cfg: GlobalOpinionQAConfig) -> Survey:
                 f"data.groups: no rows for {country!r}; the countries with most questions are {frequent}"
             )
     # A field of its own in configurations that allow gaps; without it every country must have every question.
-    least = _min_groups(getattr(cfg, "min_groups", None), len(countries))
+    least = _min_groups(cfg.min_groups, len(countries))
     questions: list[Question] = []
     counts: dict[str, dict[str, FloatArray]] = {country: {} for country in countries}
     for qid, item in items.items():
