@@ -27,13 +27,15 @@ class Critic(nn.Module):
         # Its own seed, outside the global stream: a critic must not change which completions are sampled.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.net = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, 1))
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+            output = nn.Linear(dim, 1)
+            self.net = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Tanh(), output)
+        nn.init.zeros_(output.weight)
+        nn.init.zeros_(output.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Values in float32 whatever the precision of the trunk."""
-        return self.net(hidden.float()).squeeze(-1)
+        values: Tensor = self.net(hidden.float())
+        return values.squeeze(-1)
 
 
 class CompletionScorer:

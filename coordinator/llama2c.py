@@ -107,7 +107,8 @@ def convert_model(path: Path) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         model = LlamaForCausalLM(config)
     model.load_state_dict({name: torch.tensor(x) for name, x in state.items()}, strict=True)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:

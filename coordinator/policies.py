@@ -177,7 +177,7 @@ def warm_up(
     batch_size: int = 16,
     seed: int = 0,
     valid: Callable[[str, int], bool] | None = None,
-    target: float = 0.98,
+    target: float = 0.96,
     max_new_tokens: int = 16,
     progress: Callable[[int, float], None] | None = None,
 ) -> WarmUp:
@@ -187,7 +187,7 @@ def warm_up(
         prompts: public prompts.
         answer: draws a random valid answer text to prompt number i; the loss is on it and the end token
             alone.
-        steps: at most so many optimiser steps of ``batch_size`` prompts, with ANSWERS answers each; 0 does nothing.
+        steps: at most so many optimiser steps of ``batch_size`` prompts with ANSWERS answers each.
         lr: peak learning rate of AdamW, 20 steps linear warm-up, then constant.
         valid: whether a sampled text is an answer to prompt number i; asked about 64 samples every 25 steps.
             The warm-up ends when ``target`` of them are valid. None uses up all steps.
@@ -219,7 +219,7 @@ def warm_up(
         if progress is not None:
             progress(step, losses[-1])
         if valid is not None and (step % 25 == 0 or step == steps):
-            rows = draw.choices(range(len(prompts)), k=64)
+            rows = draw.choices(range(len(prompts)), k=128)
             texts = sample(
                 model, tokenizer, [prompts[i] for i in rows], 1, 1.0, max_new_tokens, seed=seed + step
             )

@@ -10,10 +10,11 @@ batch in minibatches; each minibatch is one optimiser step of the underlying tra
 
 import copy
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
@@ -36,6 +37,9 @@ from coordinator.gae import gae, masked_mean, masked_moments, policy_loss, token
 from coordinator.ppo_config import PPOConfig, PromptSampler, make_config
 from coordinator.ppo_metrics import rollout_metrics, rollout_sums
 from coordinator.sampling import base_of, rollout
+
+# TRL reads a property of the model by its former name, at every step.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 __all__ = ["PPOConfig", "PPOTrainer", "PromptSampler", "latest_checkpoint", "make_config"]
 
@@ -73,8 +77,16 @@ class PPOTrainer(GRPOTrainer):
             reward function logs through ``log_metric``. Called before the checkpoint of that step is written.
     """
 
-    _tag_names: ClassVar = ["appa-secure", "ppo"]
+    _tag_names = ["appa-secure", "ppo"]  # noqa: RUF012 - declared so by TRL
     _name = "PPO"
+    args: PPOConfig
+    model: Any
+    ref_model: Any
+    state: Any
+    train_dataset: Any
+    processing_class: Any
+    num_generations: int
+    max_completion_length: int
 
     def __init__(
         self,
@@ -90,7 +102,8 @@ class PPOTrainer(GRPOTrainer):
         if isinstance(model, str):
             from transformers import AutoModelForCausalLM
 
-            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+            options: Any = args.model_init_kwargs or {}
+            model = AutoModelForCausalLM.from_pretrained(model, **options)
         if hasattr(model, "peft_config"):
             raise ConfigError(
                 "PPOTrainer got a peft model: pass the merged base model and peft_config instead"
@@ -120,7 +133,9 @@ class PPOTrainer(GRPOTrainer):
             frozen = self.model if reference is None else reference
             weights = ((n, p) for n, p in frozen.named_parameters() if not p.requires_grad)
             self._reference_id = checkpoints.fingerprint(weights)
-        self._passes = args.steps_per_generation * args.num_iterations  # minibatches read per PPO step
+        # Minibatches of a rollout batch, and how many are read in one PPO step.
+        self._parts = args.steps_per_generation or 1
+        self._passes = self._parts * args.num_iterations
         self.on_step = on_step
         self._measured: dict[str, list[float]] = defaultdict(list)
         self._found: dict[str, float | None] = {}
@@ -144,7 +159,7 @@ class PPOTrainer(GRPOTrainer):
     def _get_train_sampler(self, dataset: Dataset | None = None) -> PromptSampler:
         return PromptSampler(
             size=len(self.train_dataset if dataset is None else dataset),
-            prompts=self.args.generation_batch_size // self.num_generations,
+            prompts=(self.args.generation_batch_size or 1) // self.num_generations,
             generations=self.num_generations,
             repeats=self._passes,
             steps=-(-self.args.max_steps // self.args.updates_per_step),
@@ -153,17 +168,16 @@ class PPOTrainer(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
         """The minibatch of this update; new rollouts at each PPO step, reshuffled every epoch."""
-        minibatches = self.args.steps_per_generation
         if self._step % self._passes == 0 or not self._batch:
             self._batch = self._generate_and_score_completions(generation_batch)
-        if self._step % minibatches == 0 or not self._minibatches:
+        if self._step % self._parts == 0 or not self._minibatches:
             rows = self._batch["prompt_ids"].size(0)
-            group = self._group(rows // minibatches)
+            group = self._group(rows // self._parts)
             # Whole prompts move, so that their completions share a pass.
             order = torch.randperm(rows // group).unsqueeze(1) * group + torch.arange(group)
-            parts = order.flatten().to(self.accelerator.device).chunk(minibatches)
+            parts = order.flatten().to(self.accelerator.device).chunk(self._parts)
             self._minibatches = [{name: x[part] for name, x in self._batch.items()} for part in parts]
-        return self._minibatches[self._step % minibatches]
+        return self._minibatches[self._step % self._parts]
 
     def _group(self, rows: int) -> int:
         """Completions per prompt if ``rows`` consist of whole prompts that may share one pass, else 1."""
@@ -184,9 +198,7 @@ class PPOTrainer(GRPOTrainer):
         scored = ~torch.isnan(scores)
         mask = out["completion_mask"] * scored.unsqueeze(1)  # (B, T)
         with torch.no_grad():
-            old_logps, hidden = self._sampled or self._evaluate(
-                self.model, self._score, ids, attention, length
-            )
+            old_logps, hidden = self._sampled or self._read(self.model, self._score, ids, attention, length)
             old_values = self.critic(hidden)  # (B, T)
             ref_logps = self._reference_logps(ids, attention, length)  # (B, T)
         scores = scores.nan_to_num(0.0)
@@ -256,14 +268,15 @@ class PPOTrainer(GRPOTrainer):
     ) -> tuple[Tensor | None, None, None]:
         """Without vLLM's correction, log-probs and values come from one pass, after TRL's own part."""
         if self.use_vllm:
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            found: tuple[Tensor, None, None] = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            return found
         return None, None, None
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
         began = time.perf_counter()
-        per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        per_function: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._seconds["reward"] += time.perf_counter() - began
         self._raw_rewards = per_function  # (B over all processes, number of functions), NaN where not scored
         for name, values in self._pending_metrics.items():
@@ -273,7 +286,7 @@ class PPOTrainer(GRPOTrainer):
     def _local_scores(self, count: int) -> Tensor:
         """(B,) weighted sum of the rewards of this process's completions; NaN where no function gave one."""
         raw = self._raw_rewards
-        scores = (raw * self.reward_weights.to(raw.device)).nansum(dim=1)
+        scores: Tensor = (raw * self.reward_weights.to(raw.device)).nansum(dim=1)
         scores = scores.masked_fill(torch.isnan(raw).all(dim=1), torch.nan)
         self._anything_scored = not bool(torch.isnan(scores).all())
         start = self.accelerator.process_index * count
@@ -283,11 +296,11 @@ class PPOTrainer(GRPOTrainer):
         if self._reference_id is None:
             return None
         if self._reference_score is not None:
-            return self._evaluate(self.ref_model, self._reference_score, ids, attention, length)[0]
+            return self._read(self.ref_model, self._reference_score, ids, attention, length)[0]
         with self.accelerator.unwrap_model(self.model).disable_adapter():
-            return self._evaluate(self.model, self._score, ids, attention, length)[0]
+            return self._read(self.model, self._score, ids, attention, length)[0]
 
-    def _evaluate(
+    def _read(
         self, model: nn.Module, score: CompletionScorer, ids: Tensor, attention: Tensor, length: int
     ) -> tuple[Tensor, Tensor]:
         """Log-probs (B, T) and hidden states (B, T, d), in chunks of the minibatch size."""
@@ -326,7 +339,7 @@ class PPOTrainer(GRPOTrainer):
         return loss / self.current_gradient_accumulation_steps
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         parameters = list(self.critic.parameters())
         if not self._anything_scored:
             # Adam moves on zero gradients, by its momentum; without any score nothing may move.
@@ -370,14 +383,14 @@ class PPOTrainer(GRPOTrainer):
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Train to the last step; True resumes from the newest complete checkpoint in output_dir, if any.
 
         An uninterrupted run and a resumed one end with the same bits on a CPU with the same number of
         threads.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = latest_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = latest_checkpoint(str(self.args.output_dir))
         if resume_from_checkpoint:
             checkpoints.check(Path(resume_from_checkpoint), self._identity())
         else:

@@ -65,10 +65,11 @@ class PPOConfig(GRPOConfig):
         for name in ("gamma", "lam"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"PPOConfig.{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.steps_per_generation * self.num_iterations % self.gradient_accumulation_steps:
+        passes = (self.steps_per_generation or 1) * self.num_iterations
+        if passes % self.gradient_accumulation_steps:
             raise ConfigError(
                 f"PPOConfig.gradient_accumulation_steps={self.gradient_accumulation_steps} must divide the "
-                f"{self.steps_per_generation * self.num_iterations} minibatches of a PPO step"
+                f"{passes} minibatches of a PPO step"
             )
         if self.save_strategy == "steps" and self.save_steps % self.updates_per_step:
             raise ConfigError(
@@ -81,7 +82,7 @@ class PPOConfig(GRPOConfig):
     @property
     def updates_per_step(self) -> int:
         """Optimiser steps of the underlying trainer in one PPO step."""
-        return int(self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
+        return (self.steps_per_generation or 1) * self.num_iterations // self.gradient_accumulation_steps
 
 
 def make_config(

@@ -29,7 +29,9 @@ class Rollout:
 
 def base_of(model: nn.Module) -> PreTrainedModel:
     """The language model itself, without a peft wrapper (whose adapters live inside its layers)."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    inner: PreTrainedModel = base.get_base_model() if hasattr(model, "get_base_model") else base
+    return inner
 
 
 @contextmanager
