@@ -16,6 +16,12 @@ from appa_secure.errors import PrivacyError
 from appa_secure.journal import Journal
 from appa_secure.privacy.accounting import GaussianEvent, epsilon
 
+# What a row holds; numbers are finite.
+ROW_FIELDS: dict[str, Any] = {
+    "release": str, "client": str, "mechanism": str, "noise_multiplier": float, "sample_rate": float, "count": int,
+    "unit": str, "adjacency": str, "delta": float, "accountant": str, "epsilon": float,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -73,8 +79,8 @@ class Ledger:
             "release": release,
             "client": self.client,
             "mechanism": "gaussian" if event.sample_rate == 1 else "poisson-subsampled gaussian",
-            "noise_multiplier": event.noise_multiplier,
-            "sample_rate": event.sample_rate,
+            "noise_multiplier": float(event.noise_multiplier),
+            "sample_rate": float(event.sample_rate),
             "count": event.count,
             "unit": self.budget.unit,
             "adjacency": "add/remove",
