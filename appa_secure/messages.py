@@ -143,9 +143,13 @@ def unpack_vector(raw: bytes, sender: str, name: str, size: int) -> np.ndarray:
 def unpack_rows(raw: bytes, sender: str, name: str) -> list[dict[str, Any]]:
     """A list of JSON objects, as ledger rows travel; raises BadEncoding for anything else."""
     try:
-        rows = json.loads(raw)
-    except ValueError as error:
+        rows = json.loads(raw, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise BadEncoding(sender, f"{name} is not JSON: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise BadEncoding(sender, f"{name} is not a list of objects")
     return rows
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")

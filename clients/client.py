@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from appa_secure.agreement import Agreement
 from appa_secure.aggregation import contribution
+from appa_secure.agreement import PREDICTOR, Agreement
 from appa_secure.data import GroupData
 from appa_secure.errors import AppaError, PrivacyError
 from appa_secure.messages import (
@@ -69,6 +69,11 @@ class Client:
     ) -> None:
         """agreement: what this site agreed to, from its own configuration. noise_key: 32 bytes when the noise is to be
         reproducible from the run's seed; None draws a secret one once (privacy.secure_rng)."""
+        if agreement.plan.private and agreement.plan.unit == "respondent" and data.responses is None:
+            raise PrivacyError(
+                f"client {client_id!r}: privacy.unit=respondent needs to know which answers are one person's; use data with "
+                "respondents, or privacy.unit=response"
+            )
         self.client_id, self._data, self.agreement = client_id, data, agreement
         self._embeddings, self._store, self._identity, self._rng = dict(embeddings), store, identity, rng
         self._state = store.load()
@@ -162,7 +167,9 @@ class Client:
     def _shares(self) -> dict[str, np.ndarray]:
         if not self._state["context"]:
             raise Refusal("OutOfOrder", "the private context has not been made yet")
-        return {q: np.frombuffer(shares) for q, shares in self._state["context"].items()}
+        # In the plan's order: a reloaded state lists its keys in another, and sums of floats depend on it.
+        kept = self._state["context"]
+        return {q: np.frombuffer(kept[q]) for q in self.agreement.plan.context if q in kept}
 
     # -- secure aggregation ----------------------------------------------------------------------------------------
 
@@ -185,6 +192,11 @@ class Client:
         reply = respond(machine, message)
         return pack(REPLIES, "secagg", message=reply or b"")
 
+    def _check_session(self, body: Mapping[str, Any], due: str) -> None:
+        """Each session has a release policy of its own; a vector travels in no other."""
+        if body["session"] != due:
+            raise Refusal("WrongSession", f"session {body['session']!r:.80}, this vector travels in {due!r}")
+
     def _send(self, kind: str, body: Mapping[str, Any], vector: np.ndarray, layout: Any) -> bytes:
         """The masked upload of `vector`; in clear mode its coding without masks."""
         if self.agreement.clear:
@@ -199,6 +211,10 @@ class Client:
         plan, index = self.agreement.plan, body["round"]
         if index >= plan.rounds:
             raise Refusal("PlanExceeded", f"predictor round {index + 1}, the agreed plan has {plan.rounds}")
+        self._check_session(body, PREDICTOR)
+        if self._state.get("predicted"):
+            # The answered rounds are forgotten with the updates: answering again would be a release nobody paid for.
+            raise Refusal("OutOfOrder", "the predictor is final; training is over")
         start = unpack_vector(body["parameters"], COORDINATOR, "train.parameters", self.agreement.predictor_size)
         asked = hashlib.sha256(body["parameters"]).digest()
         done = self._state["vector"]
@@ -206,13 +222,16 @@ class Client:
             raise ReplayedRound(COORDINATOR, f"predictor round {index + 1} was answered before")
         if done and done["round"] == index and done["asked"] != asked:
             raise ReplayedRound(COORDINATOR, f"predictor round {index + 1} was answered for other parameters")
+        trainer = self._local_trainer()
         rows: list[dict[str, Any]] = []
         if self._ledger is not None:
-            rows = [self._ledger.charge(f"predictor/{index + 1}", plan.event(index))]
+            # Rounds this client missed are paid for too: a later round's own event assumes that they took place.
+            first = min(done["round"] + 1, index) if done else 0
+            rows = [self._ledger.charge(f"predictor/{i + 1}", plan.event(i)) for i in range(first, index + 1)]
         if done and done["round"] == index:
             update = np.frombuffer(done["update"])  # asked again after a crash of the coordinator: same release
         else:
-            update = self._local_trainer().round(start, index, self._model)
+            update = trainer.round(start, index, self._model)
             self._state["vector"] = {"round": index, "asked": asked, "update": update.tobytes()}
         message = self._send("train", body, update, self.agreement.predictor_layout)
         return pack(REPLIES, "train", message=message, ledger=json.dumps(rows).encode())
@@ -235,6 +254,8 @@ class Client:
         shares, asked = self._shares(), self.agreement.question_order
         points = context_points([self._embeddings[q] for q in shares], list(shares.values()))
         predicted = predict(self._model, points, [self._embeddings[q] for q in asked])
+        if not all(np.isfinite(p).all() for p in predicted):
+            raise RemoteMisbehaviour(COORDINATOR, "freeze: the predictor's answers are not finite numbers")
         self._state["predicted"] = {q: p.tobytes() for q, p in zip(asked, predicted, strict=True)}
         self._state["vector"] = {}
         self._state["answered"].pop("train", None)
@@ -258,18 +279,28 @@ class Client:
 
     def _score(self, body: Mapping[str, Any]) -> bytes:
         a, scorer, step = self.agreement, self._targets(), body["step"]
+        self._check_session(body, a.reward_session(a.groups[self.client_id]))
         rewards = scorer.score(body["questions"], self._parsed(body))
         history = self._committed(step, body["opened"])
         if a.cohort:
             vector = rewards
+            self._state["history"]["begun"] = 1  # the group's history is the coordinator's; the predictor is final
         else:
-            z = unpack_float(body["z"], COORDINATOR, "score.z")
+            z = self._normaliser(body)
             try:
                 vector, h = contribution(a.aggregation, rewards, history, z, len(a.clients))
             except ValueError as error:
                 raise RemoteMisbehaviour(COORDINATOR, f"score: {error}") from None
             self._state["history"].update(pending=pack_float(h), pending_step=step)
         return pack(REPLIES, "score", message=self._send("score", body, vector, a.reward_layout(len(rewards))))
+
+    def _normaliser(self, body: Mapping[str, Any]) -> float | None:
+        """The published normaliser, which only the `paper` variant takes from the coordinator; None on the first step."""
+        if self.agreement.needs_normaliser:
+            return unpack_float(body["z"], COORDINATOR, "score.z")
+        if body["z"]:
+            raise RemoteMisbehaviour(COORDINATOR, "score: a normaliser was sent, but this rule's weights do not depend on it")
+        return None if body["opened"] == 0 else 1.0
 
     def _parsed(self, body: Mapping[str, Any]) -> list[np.ndarray]:
         questions, answers = body["questions"], body["answers"]

@@ -24,6 +24,8 @@ class ClientStore:
         self.root = root
         self.ledger_path = root / "ledger.jsonl"
         self._path = root / "state.cbor"
+        for leftover in root.glob(".*.tmp"):  # of a process killed while saving: secrets of a state nobody keeps
+            leftover.unlink()
 
     def __repr__(self) -> str:
         return f"ClientStore({self.root.name!r})"

@@ -21,7 +21,14 @@ from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processe
 from torch import Tensor
 
 from appa_secure.data import GroupData
-from appa_secure.predictor import PreferencePredictor, context_points, flatten, log_likelihood, pad_options, unflatten
+from appa_secure.predictor import (
+    PreferencePredictor,
+    context_points,
+    flatten,
+    log_likelihood,
+    pad_options,
+    unflatten,
+)
 from appa_secure.privacy.noise import gaussian, sampler
 from appa_secure.privacy.plan import TrainingPlan
 
@@ -53,10 +60,9 @@ class UnitOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def clip_and_accumulate(self) -> None:
         """Clip each unit's gradient to max_grad_norm and add multiplicity times it to `summed_grad`."""
-        grads = [self._get_flat_grad_sample(p).reshape(len(self._get_flat_grad_sample(p)), -1) for p in self.params]
+        grads, norms = _finite([self._get_flat_grad_sample(p).flatten(1) for p in self.params])
         if self.units is not None:
-            grads = [self.units @ g for g in grads]  # (U, n) @ (n, P)
-        norms = torch.stack([g.norm(2, dim=1) for g in grads], dim=1).norm(2, dim=1)  # (U,)
+            grads, norms = _finite([self.units @ g for g in grads])  # (U, n) @ (n, P)
         weight = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0) * self.multiplicity  # (U,)
         for p, g in zip(self.params, grads, strict=True):
             _check_processed_flag(p.grad_sample)
@@ -73,6 +79,19 @@ class UnitOptimizer(DPOptimizer):  # type: ignore[misc]
             p.grad = p.summed_grad + part
             at += p.numel()
             _mark_as_processed(p.summed_grad)
+
+
+def _finite(grads: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The rows (n, P) with their L2 norms over all parameters (n,); a row whose norm overflows becomes 0.
+
+    Clipping cannot bound NaN: with parameters chosen to overflow on one answer only, the coordinator would see from the
+    refused upload whether that answer was drawn.
+    """
+    norms = torch.stack([g.norm(2, dim=1) for g in grads], dim=1).norm(2, dim=1)
+    finite = torch.isfinite(norms)
+    if bool(finite.all()):
+        return grads, norms
+    return [torch.where(finite[:, None], g, 0.0) for g in grads], torch.where(finite, norms, 0.0)
 
 
 class LocalTrainer:

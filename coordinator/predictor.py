@@ -8,6 +8,7 @@ it is DP-FedSGD, where the noise of all clients averages before anything non-lin
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from appa_secure.errors import RunError
 from appa_secure.journal import atomic_write
 from appa_secure.messages import unpack_rows
 from appa_secure.predictor import PreferencePredictor, flatten
+from appa_secure.privacy.ledger import ROW_FIELDS
 from appa_secure.records import RunDir
+from appa_secure.secagg.errors import BadEncoding
 from coordinator.rounds import NotOpened, Rounds
 
 _BETA1, _BETA2, _EPS = 0.9, 0.99, 1e-8
@@ -89,12 +92,19 @@ def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def record_ledger(run: RunDir, client: str, raw: bytes) -> float | None:
-    """Copy a client's new ledger rows into the run's ledger, before its release is used; returns its epsilon."""
+    """Copy a client's new ledger rows into the run's ledger, before its release is used; returns its epsilon.
+
+    Raises BadEncoding naming the client for rows that are not its own, or not complete.
+    """
     known = {(row["client"], row["release"]) for row in run.ledger}
     rows: list[dict[str, Any]] = unpack_rows(raw, client, "ledger")
     for row in rows:
         if row.get("client") != client:
-            raise RunError(f"client {client!r} sent a ledger row of {row.get('client')!r}")
+            raise BadEncoding(client, f"sent a ledger row of {row.get('client')!r:.80}")
+        if set(row) != set(ROW_FIELDS) or not all(isinstance(row[k], form) for k, form in ROW_FIELDS.items()):
+            raise BadEncoding(client, f"ledger row with other fields than {sorted(ROW_FIELDS)}")
+        if not all(math.isfinite(v) for v in row.values() if isinstance(v, float)):
+            raise BadEncoding(client, "ledger row with numbers that are not finite")
         if (client, row["release"]) not in known:
             run.ledger.append(row)
     return float(rows[-1]["epsilon"]) if rows else None

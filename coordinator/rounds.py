@@ -149,6 +149,8 @@ class Rounds:
         vectors, fields, sent = [], {}, {}
         for client, reply in sorted(replies.items()):
             message = _reply(client, kind, reply).body
+            if len(message["message"]) * 8 != layout.size * layout.ring_bits:
+                raise BadEncoding(client, f"{kind}: {len(message['message'])} bytes are not {layout.size} coded values")
             vectors.append(np.frombuffer(message["message"], dtype=f"<u{layout.ring_bits // 8}"))
             fields[client] = {k: v for k, v in message.items() if k != "message"}
             sent[f"upload/{client}"] = hashlib.sha256(reply).hexdigest()

@@ -1,4 +1,6 @@
-"""A small federation for tests: synthetic answers, random embeddings, the smallest predictor; no files, no models."""
+"""A small federation for tests: synthetic answers, random embeddings, the smallest predictor; no files, no
+models.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from appa_secure.agreement import Agreement
 from appa_secure.aggregation import AggregationSpec
+from appa_secure.agreement import Agreement
 from appa_secure.data import GroupData, Question, Responses
 from appa_secure.data.survey import counts_of
 from appa_secure.messages import REPLIES, REQUESTS, Message, pack, unpack
@@ -32,7 +34,9 @@ KEY = bytes(range(32))
 def make_questions(count: int) -> tuple[Question, ...]:
     """Questions q0, q1, ... with 2, 3, 4, 2, 3, ... options on a scale."""
     return tuple(
-        Question(f"q{i}", f"Question {i}?", tuple(f"option {k}" for k in range(2 + i % 3)), tuple(range(2 + i % 3)))
+        Question(
+            f"q{i}", f"Question {i}?", tuple(f"option {k}" for k in range(2 + i % 3)), tuple(range(2 + i % 3))
+        )
         for i in range(count)
     )
 
@@ -42,7 +46,9 @@ def make_embeddings(questions: Sequence[Question], seed: int = 3) -> dict[str, n
     return {q.qid: rng.standard_normal((len(q.options), EMBEDDING)).astype(np.float32) for q in questions}
 
 
-def make_group(name: str, questions: Sequence[Question], people: int = 40, answers: int = 6, seed: int = 0) -> GroupData:
+def make_group(
+    name: str, questions: Sequence[Question], people: int = 40, answers: int = 6, seed: int = 0
+) -> GroupData:
     """`people` persons who answer `answers` random questions each."""
     rng = np.random.default_rng([seed, *name.encode()])
     rows = [(person, int(q)) for person in range(people) for q in rng.permutation(len(questions))[:answers]]
@@ -54,8 +60,8 @@ def make_group(name: str, questions: Sequence[Question], people: int = 40, answe
 def make_plan(train: Sequence[str], context: Sequence[str], **changes: Any) -> TrainingPlan:
     plan = TrainingPlan(
         run="test-run", seed=1, train=tuple(train), context=tuple(context), rounds=3, local_steps=1,
-        questions_per_step=4, context_per_step=2, lr=0.1, private=True, unit="response", clip=0.7, sample_rate=0.4,
-        noise_multiplier=2.0, answers_per_unit=1,
+        questions_per_step=4, context_per_step=2, lr=0.1, private=True, unit="response", clip=0.7,
+        sample_rate=0.4, noise_multiplier=2.0, answers_per_unit=1,
     )  # fmt: skip
     return replace(plan, **changes)
 
@@ -83,15 +89,17 @@ class World:
         agreement = self.agreement
         noise = None if agreement.secure_rng else hashlib.sha256(b"noise" + client.encode()).digest()
         self.members[client] = Client(
-            client, self.groups[client], agreement, self.embeddings, ClientStore(self.root / "clients" / client),
-            self.identities[client], noise_key=noise,
+            client, self.groups[client], agreement, self.embeddings,
+            ClientStore(self.root / "clients" / client), self.identities[client], noise_key=noise,
         )  # fmt: skip
         return self.members[client]
 
     def exchange(self, requests: Mapping[str, bytes]) -> dict[str, bytes]:
         replies = {}
         for client, raw in requests.items():
-            if client in self.offline or (self.lose is not None and self.lose(client, unpack(REQUESTS, raw, "test"))):
+            if client in self.offline or (
+                self.lose is not None and self.lose(client, unpack(REQUESTS, raw, "test"))
+            ):
                 self.watched.append((client, raw, None))
                 continue
             replies[client] = self.members[client].handle(raw)
@@ -104,7 +112,9 @@ class World:
     def set_up(self, *kinds: str) -> None:
         """Take every client through `setup` and `context`."""
         for client in self.clients:
-            assert self.ask(client, "setup", run="test-run", agreement=self.agreement.digest()).kind == "setup"
+            assert (
+                self.ask(client, "setup", run="test-run", agreement=self.agreement.digest()).kind == "setup"
+            )
             assert self.ask(client, "context").kind == "context"
 
     def run_dir(self, name: str = "run") -> RunDir:
@@ -125,16 +135,21 @@ def make_world(
     data: Mapping[str, GroupData] | None = None,
     **changes: Any,
 ) -> World:
-    """`groups` groups g0, g1, ... of `members` clients each; questions q0-q2 are context, all but the last two train."""
+    """`groups` groups g0, g1, ... of `members` clients each; questions q0-q2 are context, all but the last
+    two train.
+    """
     survey = make_questions(questions)
     qids = [q.qid for q in survey]
-    names = {f"g{g}" if members == 1 else f"g{g} #{m}": f"g{g}" for g in range(groups) for m in range(members)}
+    names = {
+        f"g{g}" if members == 1 else f"g{g} #{m}": f"g{g}" for g in range(groups) for m in range(members)
+    }
     identities = {c: IdentityKey.from_seed(hashlib.sha256(c.encode()).digest()) for c in names}
     training = make_plan(qids[3:-2], qids[:3], **(plan or {}))
     agreement = Agreement(
         plan=training, budget=Budget(1e3, 1e-6, "rdp", training.unit), context_noise=4.0,
         questions={q.qid: q for q in survey}, reward="wasserstein", aggregation=spec or AggregationSpec(),
-        predictor=SHAPE, groups=names, directory=Directory({c: k.public_bytes() for c, k in identities.items()}),
+        predictor=SHAPE, groups=names,
+        directory=Directory({c: k.public_bytes() for c, k in identities.items()}),
         mode="blind", release="abort", threshold=0.667, min_cohort=3, ring_bits=64, rounds_per_epoch=4,
         embedder="test",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Accounting against Opacus itself, against another library's accountant, and against the calibrated target."""
+"""Accounting against Opacus itself, against another library, and against the calibrated target."""
 
 import math
 
@@ -67,13 +67,17 @@ def test_the_gaussian_mechanism_against_its_exact_formula() -> None:
     quieter=st.floats(1.01, 2),
     delta=st.sampled_from([1e-3, 1e-6, 1e-8]),
 )
-def test_more_releases_less_noise_and_smaller_delta_cost_more(noise, rate, count, more, quieter, delta) -> None:
+def test_more_releases_less_noise_and_smaller_delta_cost_more(
+    noise, rate, count, more, quieter, delta
+) -> None:
     base = epsilon([GaussianEvent(noise, rate, count)], delta, "rdp")
     slack = 1e-9
     assert epsilon([GaussianEvent(noise, rate, count + more)], delta, "rdp") >= base - slack
     assert epsilon([GaussianEvent(noise / quieter, rate, count)], delta, "rdp") >= base - slack
     assert epsilon([GaussianEvent(noise, rate, count)], delta / 10, "rdp") >= base - slack
-    assert epsilon([GaussianEvent(noise, rate, count), GaussianEvent(5.0, 1.0, 1)], delta, "rdp") >= base - slack
+    assert (
+        epsilon([GaussianEvent(noise, rate, count), GaussianEvent(5.0, 1.0, 1)], delta, "rdp") >= base - slack
+    )
     split = [GaussianEvent(noise, rate, 1)] * count  # merging equal events changes nothing
     assert epsilon(split, delta, "rdp") == pytest.approx(base, rel=1e-12)
 
@@ -87,7 +91,13 @@ def test_releases_nobody_takes_part_in_are_free() -> None:
 
 @pytest.mark.parametrize(
     ("target", "accountant", "rate", "count"),
-    [(8.0, "rdp", 0.1, 60), (1.0, "rdp", 0.02, 200), (8.0, "prv", 1.0, 10), (1.0, "prv", 1.0, 5), (2.0, "prv", 0.1, 30)],
+    [
+        (8.0, "rdp", 0.1, 60),
+        (1.0, "rdp", 0.02, 200),
+        (8.0, "prv", 1.0, 10),
+        (1.0, "prv", 1.0, 5),
+        (2.0, "prv", 0.1, 30),
+    ],
 )
 def test_calibration_meets_its_target_from_below_and_wastes_no_noise(target, accountant, rate, count) -> None:
     fixed = [GaussianEvent(15.0, 1.0, 1)]

@@ -67,7 +67,11 @@ def test_asking_for_a_paid_release_again_is_free(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("client", "budget"),
-    [("other", BUDGET), ("clinic", Budget(8.0, 1e-5, "rdp", "response")), ("clinic", Budget(8.0, 1e-6, "rdp", "record"))],
+    [
+        ("other", BUDGET),
+        ("clinic", Budget(8.0, 1e-5, "rdp", "response")),
+        ("clinic", Budget(8.0, 1e-6, "rdp", "record")),
+    ],
 )
 def test_another_clients_or_units_ledger_is_refused(tmp_path: Path, client: str, budget: Budget) -> None:
     filled(tmp_path / "l").close()

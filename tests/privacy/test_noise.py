@@ -29,7 +29,13 @@ def test_draws_are_normal() -> None:
 
 def test_draws_are_uncorrelated_within_and_across_labels() -> None:
     x = gaussian(KEY, "a", N, 1.0)
-    others = [gaussian(KEY, "b", N, 1.0), gaussian(bytes(32), "a", N, 1.0), x[::-1], np.roll(x, 1), np.roll(x, N // 2)]
+    others = [
+        gaussian(KEY, "b", N, 1.0),
+        gaussian(bytes(32), "a", N, 1.0),
+        x[::-1],
+        np.roll(x, 1),
+        np.roll(x, N // 2),
+    ]
     for y in others:
         assert abs(np.corrcoef(x, y)[0, 1]) < 5 / math.sqrt(N)
         assert abs(np.corrcoef(x**2, y**2)[0, 1]) < 5 / math.sqrt(N)  # also the pairs of one radius
@@ -41,14 +47,26 @@ def test_the_same_name_gives_the_same_noise_and_another_name_other_noise(label, 
     first = gaussian(key, label, size, 1.0)
     np.testing.assert_array_equal(first, gaussian(key, label, size, 1.0))
     assert len(first) == size
-    for other in (gaussian(key, label + "/", size, 1.0), gaussian(bytes([key[0] ^ 1]) + key[1:], label, size, 1.0)):
+    for other in (
+        gaussian(key, label + "/", size, 1.0),
+        gaussian(bytes([key[0] ^ 1]) + key[1:], label, size, 1.0),
+    ):
         assert not np.intersect1d(first, other).size
     np.testing.assert_allclose(gaussian(key, label, size, 2.5), 2.5 * first, rtol=1e-15)
 
 
 def test_no_label_of_a_run_repeats_another_ones_stream() -> None:
-    """Labels that could be confused when glued together: step 1 of round 11 and step 11 of round 1, and so on."""
-    labels = ["dp-sgd/r/1/x/11", "dp-sgd/r/11/x/1", "dp-sgd/r/1/x/1", "sample/r/1/x/1", "context/r", "context/r/1"]
+    """Labels that could be confused when glued together: step 1 of round 11 and step 11 of round 1, and so
+    on.
+    """
+    labels = [
+        "dp-sgd/r/1/x/11",
+        "dp-sgd/r/11/x/1",
+        "dp-sgd/r/1/x/1",
+        "sample/r/1/x/1",
+        "context/r",
+        "context/r/1",
+    ]
     draws = np.concatenate([gaussian(KEY, label, 1000, 1.0) for label in labels])
     assert len(np.unique(draws)) == len(draws)
 

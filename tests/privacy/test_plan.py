@@ -57,11 +57,17 @@ def test_the_rounds_events_add_up_to_the_plan(plan) -> None:
 def test_the_schedule_changes_with_the_seed_and_the_pass_and_nothing_else() -> None:
     train = [f"t{i}" for i in range(12)]
     plan = make_plan(train, ["c0", "c1", "c2"], questions_per_step=6, rounds=8)
-    assert plan.steps(0) == make_plan(train, ["c0", "c1", "c2"], questions_per_step=6, rounds=8, run="other").steps(0)
-    assert plan.steps(0) != make_plan(train, ["c0", "c1", "c2"], questions_per_step=6, rounds=8, seed=2).steps(0)
+    assert plan.steps(0) == make_plan(
+        train, ["c0", "c1", "c2"], questions_per_step=6, rounds=8, run="other"
+    ).steps(0)
+    assert plan.steps(0) != make_plan(
+        train, ["c0", "c1", "c2"], questions_per_step=6, rounds=8, seed=2
+    ).steps(0)
     assert plan.steps(0)[0][0] != plan.steps(2)[0][0]  # another pass, another order
 
 
-@pytest.mark.parametrize(("unit", "expected"), [("response", 0.4 * 30 * 5), ("respondent", 0.4 * 30 * 5), ("record", 0.4 * 5)])
+@pytest.mark.parametrize(
+    ("unit", "expected"), [("response", 0.4 * 30 * 5), ("respondent", 0.4 * 30 * 5), ("record", 0.4 * 5)]
+)
 def test_expected_batch_counts_sampled_terms(unit: str, expected: float) -> None:
     assert make_plan(["t"], ["c"], unit=unit).expected_batch(30.0, 5) == pytest.approx(expected)
