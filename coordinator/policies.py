@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -31,6 +31,10 @@ from coordinator.sampling import left_pad, sample
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 WEIGHTS = tuple(str(weight) for weight in range(11))  # the words of a distribution
 LETTERS = tuple("ABCDEFGHIJ")  # the words of a ranking or choice
+OPTION_MARKS = tuple("①②③④⑤⑥⑦⑧⑨⑩")  # the n-th "|" of a prompt
+END_MARKS = tuple("⑴⑵⑶⑷⑸⑹⑺⑻⑼⑽")  # the last "=" of a prompt with n of them
+# Inside the tokenizer an answer "A" is another word than the article "a": a letter without lower case.
+_CODES = {letter: chr(ord("𝐀") + i) for i, letter in enumerate(LETTERS)}
 MAX_POSITIONS = 1024
 ANSWERS = 4  # random answers to each prompt of a warm-up batch
 
@@ -71,24 +75,24 @@ def _or_hub(kind: str) -> str:
 def build_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A lower-case word-level tokenizer of the most frequent words of ``texts``; ties go to the smaller word.
 
-    The weights 0..10, the letters A..J and the marks of the prompt are always whole tokens. Decoding joins
-    words with single spaces.
+    The weights 0..10, the letters A..J and the marks of the prompt are always whole tokens. The n-th "|" and
+    the final "=" become tokens that say n, so that a model too small to learn counting can tell the options
+    apart and knows when to stop. Decoding joins words with single spaces.
     """
-    split, lower = pre_tokenizers.BertPreTokenizer(), normalizers.Lowercase()
-    counts = Counter(word for text in texts for word, _ in split.pre_tokenize_str(lower.normalize_str(text)))
-    always = [PAD, BOS, EOS, UNKNOWN, *WEIGHTS, *LETTERS, "=", "|"]
+    split, normal = pre_tokenizers.BertPreTokenizer(), _normalizer()
+    counts = Counter(word for text in texts for word, _ in split.pre_tokenize_str(normal.normalize_str(text)))
+    always = [PAD, BOS, EOS, UNKNOWN, *WEIGHTS, *_CODES.values(), *OPTION_MARKS, *END_MARKS, "=", "|"]
     if vocab_size <= len(always):
         raise ConfigError(
             f"policy.vocab_size={vocab_size} must exceed {len(always)}, the tokens every answer needs"
         )
-    common = sorted(
-        (word for word in counts if word not in set(always)), key=lambda word: (-counts[word], word)
-    )
+    common = sorted((word for word in counts if word not in set(always)), key=lambda w: (-counts[w], w))
     vocabulary = {word: i for i, word in enumerate([*always, *common][:vocab_size])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = lower, split
-    # Letters are matched before the text is made lower-case, so that the answer "A" is not the article "a".
-    tokenizer.add_tokens([AddedToken(letter, single_word=True, normalized=False) for letter in LETTERS])
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normal, split
+    join = decoders.WordPiece(prefix="##", cleanup=False)  # puts the spaces between words
+    letters = [decoders.Replace(code, letter) for letter, code in _CODES.items()]
+    tokenizer.decoder = decoders.Sequence([join, *letters])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
     )
@@ -102,6 +106,21 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         model_max_length=MAX_POSITIONS,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _normalizer() -> normalizers.Normalizer:
+    """Letters to their codes, the marks of the prompt to numbered ones, everything else to lower case."""
+    letters = [
+        normalizers.Replace(Regex(rf"(?<![A-Za-z]){letter}(?![A-Za-z'])"), code)
+        for letter, code in _CODES.items()
+    ]
+    # Each step takes the first "|" that is left; what stands before the \K is only looked at.
+    number = [normalizers.Replace(Regex(r"\A[^|]*\K\|"), f" {mark} ") for mark in OPTION_MARKS]
+    count = [
+        normalizers.Replace(Regex(rf"\A[\s\S]*{option}[\s\S]*\K=(?=[^=]*\z)"), f" {end} ")
+        for option, end in reversed(list(zip(OPTION_MARKS, END_MARKS, strict=True)))
+    ]
+    return normalizers.Sequence([*letters, *number, *count, normalizers.Lowercase()])
 
 
 def build_tiny(

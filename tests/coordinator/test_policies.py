@@ -11,7 +11,9 @@ import torch
 
 from appa_secure.errors import ConfigError
 from coordinator.policies import (
+    END_MARKS,
     LETTERS,
+    OPTION_MARKS,
     WEIGHTS,
     build_policy,
     build_tiny,
@@ -26,23 +28,38 @@ TEXTS = [
     "A good day | A yes | B no =",
     "How safe is it | not at all | a little | very =",
 ]
-TINY = {"kind": "tiny", "dim": 32, "layers": 2, "heads": 2, "vocab_size": 60, "path": None, "lora": None}
+TINY = {"kind": "tiny", "dim": 32, "layers": 2, "heads": 2, "vocab_size": 80, "path": None, "lora": None}
 
 
 def test_answers_survive_the_tokenizer_of_the_tiny_policy():
-    tokenizer = build_tokenizer(TEXTS, 60)
+    tokenizer = build_tokenizer(TEXTS, 80)
     for answer in ("3 7 0 1", "10 0 10", "B A C", "J"):
         ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
         assert len(ids) == len(answer.split())
         assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == answer
     for word in (*WEIGHTS, *LETTERS):
-        assert tokenizer.convert_tokens_to_ids(word) != tokenizer.unk_token_id
+        (token,) = tokenizer(word, add_special_tokens=False)["input_ids"]
+        assert token != tokenizer.unk_token_id
+
+
+def test_the_tiny_policy_reads_the_number_of_every_option_and_of_options():
+    tokenizer = build_tokenizer(TEXTS, 100)
+
+    def marks(text):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [w for w in tokenizer.convert_ids_to_tokens(ids) if w in {*OPTION_MARKS, *END_MARKS, "|", "="}]
+
+    assert marks("Do you drink tea? | Often | A little | Don't know =") == ["①", "②", "③", "⑶"]
+    assert marks("is a = b | yes =") == ["=", "①", "⑴"]
+    assert marks("tea =") == ["="]
+    assert marks("q" + " | o" * 10 + " = 3 0 10") == [*OPTION_MARKS, "⑽"]
+    assert marks("q" + " | o" * 12 + " =") == [*OPTION_MARKS, "|", "|", "⑽"]
 
 
 def test_the_tiny_vocabulary_is_capped_lower_case_and_the_same_every_time():
-    tokenizer = build_tokenizer(TEXTS, 40)
-    assert len(tokenizer) == 40
-    assert tokenizer.get_vocab() == build_tokenizer(TEXTS, 40).get_vocab()
+    tokenizer = build_tokenizer(TEXTS, 55)
+    assert len(tokenizer) == 55
+    assert tokenizer.get_vocab() == build_tokenizer(TEXTS, 55).get_vocab()
     wide = build_tokenizer(TEXTS, 100)
     assert wide("OFTEN")["input_ids"] == wide("often")["input_ids"]
     assert wide("a b")["input_ids"] != wide("A B")["input_ids"]  # words are not answers
@@ -105,7 +122,7 @@ def test_lora_is_none_unless_asked_for():
 def test_the_warm_up_teaches_the_form_and_nothing_else():
     """Two numbers after either prompt: valid nearly always, and still close to uniform over the weights."""
     prompts = ["left | right =", "tea | milk ="]
-    tokenizer = build_tokenizer(prompts, 60)
+    tokenizer = build_tokenizer(prompts, 80)
     losses = []
 
     model = build_tiny(tokenizer, 32, 2, 2, seed=0)
@@ -129,7 +146,7 @@ def test_the_warm_up_teaches_the_form_and_nothing_else():
 
 
 def test_a_warm_up_is_a_function_of_its_seed_alone():
-    tokenizer = build_tokenizer(TEXTS, 60)
+    tokenizer = build_tokenizer(TEXTS, 80)
     weights = []
     for noise, seed in ((1, 7), (2, 7), (3, 8)):
         torch.manual_seed(noise)
@@ -141,7 +158,7 @@ def test_a_warm_up_is_a_function_of_its_seed_alone():
 
 
 def test_no_warm_up_steps_leave_the_weights_alone():
-    tokenizer = build_tokenizer(TEXTS, 60)
+    tokenizer = build_tokenizer(TEXTS, 80)
     model = build_tiny(tokenizer, 16, 1, 2, seed=0)
     before = model.state_dict()["lm_head.weight"].clone()
     outcome = warm_up(model, tokenizer, TEXTS, lambda rng, i: "1 2", steps=0, lr=1.0)

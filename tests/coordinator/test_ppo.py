@@ -35,7 +35,7 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(PROMPTS, 60)
+    return build_tokenizer(PROMPTS, 70)
 
 
 def tiny(tokenizer, seed=0, dim=16, layers=2):

@@ -11,7 +11,7 @@ PROMPTS = ["which way | left | right =", "how much tea | none | some | all of it
 
 @pytest.fixture(scope="module")
 def policy():
-    tokenizer = build_tokenizer(PROMPTS, 60)
+    tokenizer = build_tokenizer(PROMPTS, 70)
     return build_tiny(tokenizer, dim=16, layers=2, heads=2, seed=0).eval(), tokenizer
 
 
