@@ -11,11 +11,12 @@ import logging
 import os
 import queue
 import shutil
+import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,7 +83,8 @@ def engine(parts: Parts, root: Path) -> Iterator[GridFederation]:
             stopped.set()
             lent.put(None)
 
-    with _own_environment():
+    # Standard output belongs to the path of the run; Ray reports some of its mishaps there.
+    with _own_environment(), redirect_stdout(sys.stderr):
         thread = threading.Thread(target=serve, name="flower-engine", daemon=True)
         thread.start()
         try:
@@ -111,6 +113,7 @@ def _run_flower(server: Any, clients: Any, nodes: int) -> None:
             "init_args": {
                 "address": "local",  # never a cluster that happens to run on this machine
                 "num_cpus": min(nodes, os.cpu_count() or 1),
+                "object_store_memory": 2**29,  # bytes; by default Ray takes 30 % of the machine's
                 "include_dashboard": False,
                 "log_to_driver": False,  # Ray would write the workers' output to standard output
                 "logging_level": "ERROR",
