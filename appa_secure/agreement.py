@@ -71,6 +71,11 @@ class Agreement:
         """Sums inside each group; the coordinator sees one mean per group."""
         return self.mode == "cohort"
 
+    @property
+    def needs_normaliser(self) -> bool:
+        """Whether clients take the normaliser Z from the coordinator, whom they then trust with it."""
+        return self.aggregation.kind == "appa" and self.aggregation.variant == "paper" and not self.cohort
+
     @cached_property
     def task(self) -> str:
         """The answer format the reward reads: dpa, opa or choice."""
@@ -112,11 +117,11 @@ class Agreement:
 
     @property
     def predictor_release(self) -> str:
-        """Partial sums of predictor updates may be opened: each update alone is differentially private.
+        """In cohort mode partial sums of predictor updates may be opened: each update alone is differentially private.
 
-        Without privacy they follow the policy of the rewards.
+        In blind mode a group's update is as much its secret as its rewards: the policy of the rewards holds.
         """
-        return "recover" if self.plan.private else self.release
+        return "recover" if self.plan.private and self.cohort else self.release
 
     def members(self, group: str) -> Directory:
         """Directory of one group's clients."""

@@ -51,7 +51,7 @@ def prompt(question: Question, task: str, style: str) -> str:
     Args:
         question: 2..10 options, in their natural order where they have one.
         task: one of `TASKS`.
-        style: `short`, one line for small models ("text | option | option ="); `instruct`, a readable
+        style: `short`, one line for small models ("text | option | option = 2 :"); `instruct`, a readable
             instruction for real language models.
 
     Raises:
@@ -69,7 +69,8 @@ def prompt(question: Question, task: str, style: str) -> str:
     if style == "short":
         if task != "dpa":  # the answer names letters, so the prompt shows them
             options = [f"{letter} {option}" for letter, option in zip(LETTERS, options, strict=False)]
-        return " | ".join([text, *options]) + " ="
+        # A small model follows a stated number of items sooner than it learns to count the options.
+        return " | ".join([text, *options]) + f" = {1 if task == 'choice' else count} :"
     if style == "instruct":
         listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
         return f"Question: {text}\nOptions:\n{listed}\n{_INSTRUCTIONS[task].format(count=count)}\nAnswer:"

@@ -41,6 +41,26 @@ def token_rewards(
     return rewards + last * scores.to(logps.dtype).unsqueeze(1)
 
 
+def leave_one_out(scores: Tensor, group: int) -> Tensor:
+    """Scores less the mean score of the other completions of the same prompt (RLOO, Ahmadian et al. 2024, eq. 6).
+
+    The baseline of a completion does not depend on that completion, so the policy gradient stays unbiased; what differs
+    between prompts, which a critic would need many visits to learn, is gone.
+
+    Args:
+        scores: (B,), `group` completions of one prompt in a row; NaN where not scored.
+
+    Returns:
+        (B,) centred scores; NaN stays NaN, and a completion with no scored sibling gets 0.
+    """
+    rows = scores.view(-1, group)
+    known = ~torch.isnan(rows)
+    siblings = known.sum(dim=1, keepdim=True) - known.long()  # scored completions other than this one
+    others = (rows.nansum(dim=1, keepdim=True) - rows.nan_to_num(0.0)) / siblings.clamp(min=1)
+    centred = torch.where(siblings > 0, rows - others, rows * 0.0)
+    return centred.view(-1)
+
+
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and the value targets that go with them.
 

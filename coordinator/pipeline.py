@@ -20,6 +20,7 @@ from datasets import Dataset
 
 from appa_secure.agreement import Agreement
 from appa_secure.config import Config
+from appa_secure.data import Question
 from appa_secure.journal import atomic_write
 from appa_secure.privacy.statement import markdown, statement
 from appa_secure.progress import Progress
@@ -98,7 +99,8 @@ class Pipeline:
 
     def _warmup(self) -> dict[str, Any]:
         c, task = self.config, self.agreement.task
-        questions = [self.agreement.questions[q] for q in (*self.agreement.plan.context, *self.train)]
+        known = [self.agreement.questions[q] for q in (*self.agreement.plan.context, *self.train)]
+        questions = known + _recombined(known, c.seed)
         prompts = [prompt(q, task, c.task.style) for q in self.agreement.questions.values()]
         texts = [*prompts, *(random_answer(task, k, np.random.default_rng(k)) for k in range(2, 11))]
         torch.manual_seed(c.seed)
@@ -287,6 +289,20 @@ class Pipeline:
 
 
 _STAGES = ("setup", "context", "predictor", "warmup", "before", "align", "after")
+
+
+def _recombined(questions: list[Question], seed: int) -> list[Question]:
+    """As many questions with texts and options drawn from different ones.
+
+    A policy warmed up on them learns to count the options of a prompt instead of remembering each prompt's answer length.
+    """
+    rng = np.random.default_rng([seed, 0xF0])
+    options = sorted({option for q in questions for option in q.options})
+    sizes = [len(q.options) for q in questions]
+    return [
+        Question(f"recombined {i}", q.text, tuple(rng.choice(options, rng.choice(sizes), replace=False).tolist()))
+        for i, q in enumerate(questions)
+    ]
 
 
 def _gap_closed(alignment: dict[str, Any], ceilings: dict[str, Any] | None) -> dict[str, float | None]:

@@ -33,7 +33,7 @@ from appa_secure.errors import ConfigError
 from coordinator import checkpoints
 from coordinator.checkpoints import latest_checkpoint
 from coordinator.critic import CompletionScorer, Critic
-from coordinator.gae import gae, masked_mean, masked_moments, policy_loss, token_rewards, value_loss, whiten
+from coordinator.gae import gae, leave_one_out, masked_mean, masked_moments, policy_loss, token_rewards, value_loss, whiten
 from coordinator.ppo_config import PPOConfig, PromptSampler, make_config
 from coordinator.ppo_metrics import rollout_metrics, rollout_sums
 from coordinator.sampling import base_of, rollout
@@ -201,8 +201,9 @@ class PPOTrainer(GRPOTrainer):
             old_logps, hidden = self._sampled or self._read(self.model, self._score, ids, attention, length)
             old_values = self.critic(hidden)  # (B, T)
             ref_logps = self._reference_logps(ids, attention, length)  # (B, T)
-        scores = scores.nan_to_num(0.0)
-        rewards = token_rewards(scores, old_logps, ref_logps, mask, self.args.kl_coef)  # (B, T)
+        learned = leave_one_out(scores, self.num_generations) if self.args.prompt_baseline else scores
+        scores, learned = scores.nan_to_num(0.0), learned.nan_to_num(0.0)
+        rewards = token_rewards(learned, old_logps, ref_logps, mask, self.args.kl_coef)  # (B, T)
         advantages, returns = gae(rewards, old_values, mask, self.args.gamma, self.args.lam)  # (B, T)
         if self.args.whiten_advantages:
             moments = self.accelerator.reduce(masked_moments(advantages, mask), reduction="sum")

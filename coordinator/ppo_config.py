@@ -30,6 +30,7 @@ class PPOConfig(GRPOConfig):
     kl_coef: >= 0, weight of log(pi / reference) in the reward; 0 does without the reference.
     value_coef: weight of the value loss in the total loss.
     value_clip: clip range of the value, in units of reward; None turns it off.
+    prompt_baseline: learn from scores less the leave-one-out mean of the prompt's other completions (RLOO).
     whiten_advantages: scale advantages to mean 0, variance 1 over the rollout batch.
     critic_lr: learning rate of the critic head; None takes ``learning_rate``.
     critic_detach: stop the critic's gradient before the trunk.
@@ -40,6 +41,7 @@ class PPOConfig(GRPOConfig):
     kl_coef: float = 0.01
     value_coef: float = 0.5
     value_clip: float | None = 0.2
+    prompt_baseline: bool = True
     whiten_advantages: bool = True
     critic_lr: float | None = None
     critic_detach: bool = False

@@ -110,7 +110,7 @@ class FederatedReward:
         payload = {
             "step": step,
             "opened": before.opened,
-            "z": pack_float(before.z),
+            "z": pack_float(before.z if self.agreement.needs_normaliser else None),
             "questions": [qids[i] for i in valid],
             "answers": [texts[i] for i in valid],
         }

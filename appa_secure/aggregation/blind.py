@@ -10,13 +10,17 @@ Segments of the vector, in order; "r" is the group's reward vector (B,), h its h
 | Z    | 1    | exp(-h/T), h after the step      | appa              | the next step's normaliser           |
 | H1   | 1    | h                                | all               | mean history                         |
 | H2   | 1    | h²                               | all               | Jain's index of the histories        |
-| A    | 1    | α                                | appa              | renormalises weights after dropouts  |
+| A    | 1    | α (`paper`), w (`weighted`)      | appa              | the weights' normaliser              |
+
+`paper` needs α = exp(-h/T)/Z inside an exponent, so groups must be told Z. `weighted` is linear in the weights: groups
+send w = exp(-h/T) and A normalises, which is the same rule (APPA §2) with nothing taken from the coordinator, and
+renormalises after dropouts by itself.
 
 `appa` with scope `question` has 3B+4 entries. Fairness figures are wanted for every rule, so every rule sends
 S1, S2, H1 and H2.
 
 Accuracy. With values rounded to multiples of 2^-f and G groups, a sum is off by at most ε = G·2^-(f+1):
-  - mean: ε/G. `weighted` for a > 0: about 2ε/A; for a < 0 up to a factor exp(|a|) more (A = Σα, about 1);
+  - mean: ε/G. `weighted` for a > 0: about 2ε/A; for a < 0 up to a factor exp(|a|) more (A ≥ G·exp(-1/T));
   - `paper`: ε/G;
   - smooth min and max: every term is at least 1, so at most -log(1 - 2^-(f+1))/c, on top of the bias of
     at most log(G)/c that the rule itself has: min ≤ R_min ≤ min + log(G)/c, max - log(G)/c ≤ R_max ≤ max;
@@ -32,7 +36,7 @@ import math
 
 import numpy as np
 
-from appa_secure.aggregation.history import next_history, weight
+from appa_secure.aggregation.history import next_history, raw_weight, weight
 from appa_secure.aggregation.spec import (
     AggregationSpec,
     Branch,
@@ -75,8 +79,8 @@ def contribution(
         spec: the rule, the same for every group.
         r: (B,) the group's rewards in [0, 1].
         h_prev: the group's history before the step, None before its first.
-        z_prev: the normaliser published after the previous step; None on the first step: all weights
-            1/groups.
+        z_prev: the normaliser published after the previous step; None on the first step of all: all weights
+            equal. `weighted` uses no more of it than whether it is None.
         groups: number of groups in the roster.
 
     Returns:
@@ -90,8 +94,14 @@ def contribution(
     if r.ndim != 1 or not len(r):
         raise ValueError(f"rewards must be a non-empty vector (B,), got shape {r.shape}")
     check_rewards("rewards", r)
-    alpha = weight(h_prev, z_prev, groups, spec.temperature)
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}")
     mean = float(r.mean())
+    alpha = (
+        raw_weight(h_prev, mean, z_prev is None, spec.temperature)
+        if spec.variant == "weighted"
+        else weight(h_prev, z_prev, groups, spec.temperature)
+    )
     h = next_history(spec.h0 if h_prev is None else h_prev, mean, spec.decay)
     values = {
         "S1": r,
@@ -185,9 +195,9 @@ def _rewards(spec: AggregationSpec, part: dict[str, Floats], fi: float, groups: 
 
 
 def _exponential(spec: AggregationSpec, r: Floats, alpha: float) -> Floats:
-    """One group's E, (B,).
+    """One group's E, (B,); `alpha` is α for `paper`, w for `weighted`.
 
-    `paper`: exp(α·r). `weighted`: α·(exp(a·r) - 1)/a, which with A says the same as α·exp(a·r), has a limit
+    `paper`: exp(α·r). `weighted`: w·(exp(a·r) - 1)/a, which with A says the same as w·exp(a·r), has a limit
     at a = 0, and loses no digits for small a. `min`: exp(c·(1-r)); `max`: exp(c·r): never below 1, so that
     rounding is harmless in the logarithm.
     """

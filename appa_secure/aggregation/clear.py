@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from appa_secure.aggregation.history import next_history, weight
+from appa_secure.aggregation.history import next_history, raw_weight, weight
 from appa_secure.aggregation.spec import (
     AggregationSpec,
     Branch,
@@ -39,7 +39,7 @@ def combine_clear(
         roster: number of groups including absent ones; default G.
 
     Returns:
-        The result; the histories after the step (G,); the weights α used (G,), summing to `alpha_sum`.
+        The result; the histories after the step (G,); the weights α used (G,): `weighted` normalised, `paper` as used.
 
     Raises:
         ValueError: wrong shapes, or values out of range.
@@ -59,8 +59,13 @@ def combine_clear(
     terms = [math.exp(-h / temperature) for h in known if h is not None]
     z = z_prev if z_prev is not None else (sum(terms) if terms else None)
     size = count if roster is None else roster
-    alpha = np.array([weight(h, z, size, temperature) for h in known])  # (G,)
     means = r.mean(axis=1)  # (G,)
+    if spec.variant == "weighted":
+        first = z_prev is None and not terms
+        raw = [raw_weight(h, float(m), first, temperature) for h, m in zip(known, means, strict=True)]
+        alpha = np.array(raw)  # (G,)
+    else:
+        alpha = np.array([weight(h, z, size, temperature) for h in known])  # (G,)
     after = np.array(
         [
             next_history(spec.h0 if h is None else h, float(mean), spec.decay)
@@ -83,7 +88,7 @@ def combine_clear(
         soft_min=-temperature * math.log(z_next / count) if appa else None,
         alpha_sum=float(alpha.sum()) if appa else None,
     )
-    return result, after, alpha
+    return result, after, alpha / alpha.sum() if spec.variant == "weighted" else alpha
 
 
 def _rewards(spec: AggregationSpec, r: Floats, alpha: Floats, fi: float) -> tuple[Floats, Branch]:

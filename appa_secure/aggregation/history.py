@@ -34,6 +34,20 @@ def next_history(h: float | None, r_mean: float, decay: float) -> float:
     return decay * h + (1.0 - decay) * r_mean
 
 
+def raw_weight(h: float | None, r_mean: float, first: bool, temperature: float) -> float:
+    """Weight of a group before normalisation, exp(-h/T) in (0, 1]: what `weighted` needs of a group.
+
+    1 for everyone on the first step of all (`first`), so that weights are uniform. A group without history on a later
+    step takes its mean reward of this step for one. Normalising is left to the sum of these weights, so no value from
+    the coordinator enters: a coordinator that could scale a group's weight at will could read rewards off the sums.
+    """
+    if h is None and first:
+        return 1.0
+    h = r_mean if h is None else h
+    _check_history(h)
+    return math.exp(-h / temperature)
+
+
 def weight(h: float | None, z: float | None, groups: int, temperature: float) -> float:
     """A group's weight α in (0, 1] from its own history and the published normaliser.
 

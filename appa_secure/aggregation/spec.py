@@ -98,7 +98,8 @@ class StepResult:
         h_mean: mean history over the groups that took part.
         h_jain: Jain's index of the histories, in (0, 1].
         soft_min: -T·log(z_next/G), a smooth minimum of the histories: min h ≤ soft_min ≤ mean h (`appa`).
-        alpha_sum: Σα over the groups that took part; 1 up to rounding unless the roster changed (`appa`).
+        alpha_sum: A, the sum of the weights as sent, over the groups that took part (`appa`). `paper`: Σα, 1 up to
+            rounding unless the roster changed; `weighted`: Σ exp(-h/T) before the step, G on the first.
     """
 
     rewards: Floats

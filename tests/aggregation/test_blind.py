@@ -173,7 +173,7 @@ def test_bad_contributions_are_named():
         ((spec, np.zeros((2, 2)), None, None, 5), r"vector \(B,\)"),
         ((spec, np.zeros(0), None, None, 5), r"vector \(B,\)"),
         ((spec, good, 1.5, None, 5), "history"),
-        ((spec, good, 0.5, 99.0, 5), "z=99"),
+        ((AggregationSpec(variant="paper"), good, 0.5, 99.0, 5), "z=99"),
         ((spec, good, None, None, 0), "groups"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -201,3 +201,11 @@ def test_impossible_sums_are_named():
         combine(spec, sums, 2, 0)
     with pytest.raises(ValueError, match="at least one rollout"):
         segments(spec, 0)
+
+
+def test_weighted_takes_nothing_from_the_coordinators_normaliser():
+    """Scaling all weights at will would let a coordinator read single groups' rewards off the sums."""
+    rewards = np.array([0.2, 0.7])
+    honest, _ = contribution(AggregationSpec(), rewards, 0.8, 0.01, 8)
+    for lie in (1e-6, 0.5, 7.0, 1e6):
+        np.testing.assert_array_equal(contribution(AggregationSpec(), rewards, 0.8, lie, 8)[0], honest)
