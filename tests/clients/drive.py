@@ -83,10 +83,11 @@ def trained(world: World) -> None:
 
 
 def score_body(world: World, step: int = 1, opened: int = 0, z: float | None = None) -> dict[str, Any]:
+    """What a score request asks; the normaliser goes to those only who need it."""
     return {
         "step": step,
         "opened": opened,
-        "z": pack_float(z),
+        "z": pack_float(z if world.agreement.needs_normaliser else None),
         "questions": ["q3", "q4"],
         "answers": ["3 4", "0 1 2"],
     }

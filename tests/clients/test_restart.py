@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from appa_secure.aggregation import AggregationSpec, combine
 from appa_secure.agreement import REWARD
 from appa_secure.messages import REPLIES, Message, unpack
 from appa_secure.secagg import cbor
@@ -35,8 +36,10 @@ def world(tmp_path: Path) -> World:
     return world
 
 
-@pytest.mark.parametrize("unit", ["response", "respondent"])
-def test_a_restart_before_every_message_changes_no_byte_that_matters(tmp_path: Path, unit: str) -> None:
+@pytest.mark.parametrize(("unit", "variant"), [("response", "weighted"), ("respondent", "paper")])
+def test_a_restart_before_every_message_changes_no_byte_that_matters(
+    tmp_path: Path, unit: str, variant: str
+) -> None:
     """One federation whose clients are new objects for every message, one undisturbed: same sums, same
     ledgers.
     """
@@ -54,8 +57,9 @@ def test_a_restart_before_every_message_changes_no_byte_that_matters(tmp_path: P
     outcomes = []
     for name, kind in (("calm", World), ("restarting", Restarting)):
         plain = make_world(
-            tmp_path / name, questions=14, plan={"unit": unit, "answers_per_unit": 2, "local_steps": 2}
-        )
+            tmp_path / name, questions=14, plan={"unit": unit, "answers_per_unit": 2, "local_steps": 2},
+            spec=AggregationSpec(variant=variant),
+        )  # fmt: skip
         # q10 sorts before q3 in a reloaded state
         context = ("q10", "q3", "q2")
         rest = tuple(q for q in plain.agreement.questions if q not in context)
@@ -75,7 +79,7 @@ def test_a_restart_before_every_message_changes_no_byte_that_matters(tmp_path: P
                     REWARD, "score", score_body(world, step, step - 1, z), agreement.reward_layout(2)
                 )
                 sums.append(summed.sum)  # type: ignore[union-attr]
-                z = float(summed.sum[-4])  # type: ignore[union-attr]
+                z = combine(agreement.aggregation, sums[-1], 2, 5).z_next
             ledger = list(run.ledger)
         predicted = {c: ClientStore(world.root / "clients" / c).load()["predicted"] for c in world.clients}
         outcomes.append((theta, sums, ledger, predicted))
