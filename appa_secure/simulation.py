@@ -20,21 +20,20 @@ from contextlib import contextmanager, redirect_stdout
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
 
 from appa_secure.config import Config, load
 from appa_secure.errors import AppaError, ConfigError, RunError
 from appa_secure.launch import Parts, align, prepare
 from appa_secure.progress import Progress
 from appa_secure.records import CONFIG, RunDir
-
-if TYPE_CHECKING:
-    from flwr.app import Context
-
-    from clients.app import Resident
-    from coordinator.app import GridFederation, Job
+from appa_secure.report import render
+from clients.app import Resident, client_app
+from coordinator.app import GridFederation, Job, server_app
 
 LOG = "clients.log"  # where workers say what went wrong; beside the clients' stores, not in the run directory
 _CONFIG_KEY = "config"  # in Flower's run configuration: path of a resolved configuration
@@ -60,9 +59,6 @@ def engine(parts: Parts, root: Path) -> Iterator[GridFederation]:
     The engine has a thread to itself and its ServerApp only lends the federation out, so that the run stays
     in the caller's thread: interrupts and errors then end it as they end a local run.
     """
-    from clients.app import client_app
-    from coordinator.app import Job, server_app
-
     lent: queue.SimpleQueue[GridFederation | None] = queue.SimpleQueue()
     given_back, stopped = threading.Event(), threading.Event()
     crash: list[BaseException] = []
@@ -100,7 +96,7 @@ def engine(parts: Parts, root: Path) -> Iterator[GridFederation]:
             thread.join()
 
 
-def _run_flower(server: Any, clients: Any, nodes: int) -> None:
+def _run_flower(server: ServerApp, clients: ClientApp, nodes: int) -> None:
     from flwr.simulation import run_simulation
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -153,8 +149,6 @@ def _simulated_client(root: Path, folder: Path, context: Context) -> Resident:
 @cache
 def _resident(config: Path, root: Path, index: int) -> Resident:
     """One of the run's clients as this process holds it."""
-    from clients.app import Resident
-
     parts = _parts(config, root)
     client_id = parts.agreement.clients[index]
     return Resident(client_id, parts.client_root / f"node-{index}.lock", partial(parts.client, client_id))
@@ -194,14 +188,10 @@ def _site_client(context: Context) -> Resident:
 
 
 def _job(context: Context) -> Job:
-    from coordinator.app import Job
-
     _, config, root = _configured(context)
     parts = prepare(config, root)
 
     def work(federation: GridFederation) -> None:
-        from appa_secure.report import render
-
         with RunDir.open(root) if root.exists() else RunDir.create(root) as directory, Progress() as progress:
             directory.write_config(config.to_yaml())
             directory.write_environment()
@@ -211,14 +201,5 @@ def _job(context: Context) -> Job:
     return Job(parts.agreement.clients, work)
 
 
-def __getattr__(name: str) -> Any:
-    # Made when Flower asks for them: importing Flower takes seconds that a local run need not spend.
-    if name == "clientapp":
-        from clients.app import client_app
-
-        return client_app(_site_client)
-    if name == "serverapp":
-        from coordinator.app import server_app
-
-        return server_app(_job)
-    raise AttributeError(name)
+serverapp = server_app(_job)
+clientapp = client_app(_site_client)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.cli.config_utils import load_and_validate
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -199,6 +200,19 @@ def test_answering_in_turns_loses_nothing(tmp_path: Path) -> None:
             done.result()
     seen = (tmp_path / "a").read_text().split(";")[:-1]
     assert sorted(seen) == sorted(f"{name}{k}" for name in "xyz" for k in range(20))
+
+
+def test_flower_accepts_the_project_as_an_app() -> None:
+    """`flwr run` refuses an app whose configuration or components its own check does not like."""
+    config, _ = load_and_validate(Path(__file__).resolve().parent.parent / "pyproject.toml")
+    assert config["tool"]["flwr"]["app"]["fab-include"] == ["LICENSE"]  # no code travels
+
+
+@pytest.mark.parametrize("given", ["", "config.yaml", "/nowhere/config.yaml"])
+def test_an_app_without_a_configuration_says_what_is_missing(given: str) -> None:
+    context = Context(1, 1, {"partition-id": 0}, RecordDict(), {"config": given})
+    with pytest.raises(ConfigError, match="absolute path of a resolved configuration"):
+        simulation._site_client(context)
 
 
 def test_without_ray_the_fix_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
