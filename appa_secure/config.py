@@ -63,7 +63,7 @@ class TaskConfig(Section):
     style: Literal["short", "instruct"] = _about(
         "short", "prompts: short for tiny policies, instruct for real LMs"
     )
-    format_penalty: float = _about(0.0, "reward of an answer that cannot be read", ge=-1, le=1)
+    format_penalty: float = _about(0.5, "training reward of an answer that cannot be read; measured as 0", ge=-1, le=1)
 
 
 class DataConfig(Section):
@@ -140,7 +140,7 @@ class PolicyConfig(Section):
 
 
 class PrivacyConfig(Section):
-    enabled: bool = _about(True, "false trains without noise and stamps everything 'not private'")
+    enabled: bool = _about(True, "false trains without noise and stamps everything it writes 'not private'")
     unit: Literal["response", "respondent", "record"] = _about(
         "response", "what is protected: one answer, one person, or one group's distribution"
     )
@@ -151,7 +151,9 @@ class PrivacyConfig(Section):
     sample_rate: float = _about(0.1, "chance of a unit to be in a DP-SGD step", gt=0, le=1)
     context_noise: float = _about(4.0, "standard deviation of the noise on context counts", ge=0)
     answers_per_unit: Count = _about(1, "unit=respondent: answers of one person that are used at most")
-    secure_rng: bool = _about(False, "draw the noise from the operating system's generator (slower)")
+    secure_rng: bool = _about(
+        True, "noise from a secret key of each client; false: from the run's seed, so that runs can be repeated"
+    )
 
 
 class SecaggConfig(Section):
@@ -264,6 +266,9 @@ def compose(overrides: list[str]) -> Config:
     if evaluation.get("truth") is None:
         # An institution's own answers are measured against only when somebody asks for it.
         evaluation["truth"] = data.get("kind") != "table"
+    if "secure_rng" in tree["privacy"] and tree["privacy"]["secure_rng"] is None:
+        # Noise that can be recomputed from the seed protects nobody who knows the seed: for measurement only.
+        tree["privacy"]["secure_rng"] = data.get("kind") == "table"
     config = _validate(tree)
     _refuse([*config_checks.problems(config), *config_checks.environment_problems(config)])
     return config

@@ -1,7 +1,7 @@
 """Measuring a policy against true group distributions. Not private; possible only where clients hand truth out.
 
 AS_g is the mean reward of group g's true distribution over questions and sampled answers (APPA.md section 3). Every
-sampled completion counts: one that is not an answer scores the format penalty.
+sampled completion counts: one that is not an answer scores 0, whatever the format penalty was in training.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def _distributions(client: str, reply: Message) -> Mapping[str, list[float]]:
 class Evaluator:
     """Alignment scores of answers for each group."""
 
-    def __init__(self, agreement: Agreement, truth: Truth, style: str, format_penalty: float, bootstrap: int, seed: int):
+    def __init__(self, agreement: Agreement, truth: Truth, style: str, bootstrap: int, seed: int):
         self.agreement, self.truth, self.style = agreement, truth, style
-        self.format_penalty, self.bootstrap, self.seed = format_penalty, bootstrap, seed
+        self.bootstrap, self.seed = bootstrap, seed
         ordinals = {q: question.ordinals for q, question in agreement.questions.items()}
         self._scorers = {g: Scorer(agreement.reward, targets, ordinals) for g, targets in truth.groups.items()}
 
@@ -68,7 +68,7 @@ class Evaluator:
             known = [i for i, q in enumerate(qids) if q in self.truth.groups[group]]
             row[known] = scorer.score([qids[i] for i in known], [answers[i] for i in known])
             malformed = [i for i in known if answers[i] is None]
-            row[malformed] = self.format_penalty
+            row[malformed] = 0.0
             out[group] = row
         return out
 

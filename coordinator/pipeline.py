@@ -34,7 +34,8 @@ from coordinator.reward import FederatedReward
 from coordinator.rounds import Federation, Rounds, ask
 from coordinator.sampling import sample
 
-NOT_PRIVATE = "not private"
+PRIVATE, NOT_PRIVATE = "private", "not private"
+STAMP = "STAMP"
 _TOKENS_PER_ITEM = {"tiny": 1, "stories260k": 3, "hf": 3}
 
 
@@ -50,6 +51,10 @@ class Pipeline:
         self.rounds = Rounds(agreement, federation, run)
         self.train = agreement.plan.train
         self._evaluator: Evaluator | None = None
+        protected = config.privacy.enabled and config.privacy.secure_rng and not agreement.clear
+        # What training alone writes; what is measured against the truth is stamped by itself, and stamps the summary.
+        self._trained = PRIVATE if protected else NOT_PRIVATE
+        self.stamp = NOT_PRIVATE if config.evaluation.truth else self._trained
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
@@ -95,6 +100,7 @@ class Pipeline:
         )
         ask(self.federation, "freeze", parameters=theta.astype("<f4").tobytes())
         np.save(self.run_dir.path("predictor") / "parameters.npy", theta)
+        self._stamp_folder("predictor")
         return {}
 
     def _warmup(self) -> dict[str, Any]:
@@ -133,7 +139,9 @@ class Pipeline:
         if run.metrics.truncate_after(at) or at:
             run.transcript.resume("align", at)
         journal = Journal(run.path("rewards.jsonl"))
-        reward = FederatedReward(agreement, self.rounds, journal, c.task.format_penalty, self._seen())
+        reward = FederatedReward(
+            agreement, self.rounds, journal, c.task.format_penalty, self._seen(), stamp=self._trained
+        )
         trainer = PPOTrainer(
             model=model,
             reward_funcs=[reward],
@@ -148,6 +156,7 @@ class Pipeline:
         finally:
             journal.close()
         trainer.save_policy(run.path("policy"))
+        self._stamp_folder("policy")
         return {}
 
     def _seen(self) -> Callable[..., None] | None:
@@ -176,7 +185,7 @@ class Pipeline:
         result = row["result"] or {}
         self.run_dir.metrics.append(
             {
-                "step": step, "reward": metrics["reward"], "fi": result.get("fi"), "branch": result.get("branch"),
+                "stamp": self._trained, "step": step, "reward": metrics["reward"], "fi": result.get("fi"), "branch": result.get("branch"),
                 "z": result.get("z_next"), "h_mean": result.get("h_mean"), "soft_min": result.get("soft_min"),
                 "alpha_sum": result.get("alpha_sum"), "kl": metrics["kl"], "entropy": metrics["entropy"],
                 "malformed": row["malformed"], "opened": row["opened"], "epsilon": self._epsilon(),
@@ -207,10 +216,12 @@ class Pipeline:
         if self._evaluator is None:
             c = self.config
             truth = Truth.gather(self.agreement, ask(self.federation, "truth"))
-            self._evaluator = Evaluator(
-                self.agreement, truth, c.task.style, c.task.format_penalty, c.evaluation.bootstrap, c.seed
-            )
+            self._evaluator = Evaluator(self.agreement, truth, c.task.style, c.evaluation.bootstrap, c.seed)
         return self._evaluator
+
+    def _stamp_folder(self, name: str) -> None:
+        """Say beside the weights whether they are private, because folders are copied without their run."""
+        atomic_write(self.run_dir.path(name) / STAMP, self._trained + "\n")
 
     def _new_tokens(self) -> int:
         most = max(len(q.options) for q in self.agreement.questions.values())
@@ -235,12 +246,11 @@ class Pipeline:
         private = statement(c, rows, agreement.plan.noise_multiplier, self.nominal)
         run.write_json(STATEMENT_JSON, private)
         atomic_write(run.path(STATEMENT_MD), markdown(private))
-        is_private = c.privacy.enabled and not c.evaluation.truth and not agreement.clear
         last = list(run.metrics)[-1] if len(run.metrics) else {}
         summary = {
             "experiment": c.experiment,
             "seed": c.seed,
-            "stamp": "private" if is_private else NOT_PRIVATE,
+            "stamp": self.stamp,
             "groups": sorted(set(agreement.groups.values())),
             "questions": {
                 "context": len(agreement.plan.context), "train": len(self.train), "heldout": len(self.heldout),

@@ -50,10 +50,11 @@ class FederatedReward:
     __name__ = "federated_reward"
 
     def __init__(
-        self, agreement: Agreement, rounds: Rounds, journal: Journal, format_penalty: float, seen: Seen | None = None
+        self, agreement: Agreement, rounds: Rounds, journal: Journal, format_penalty: float, seen: Seen | None = None,
+        stamp: str = "not private",
     ) -> None:
         self.agreement, self.rounds, self.journal = agreement, rounds, journal
-        self.format_penalty, self.seen = format_penalty, seen
+        self.format_penalty, self.seen, self.stamp = format_penalty, seen, stamp
         self.groups = tuple(sorted(set(agreement.groups.values())))
         self.rows: dict[int, dict[str, Any]] = {row["step"]: row for row in journal}
         self._discarded = 0
@@ -100,7 +101,7 @@ class FederatedReward:
         before = self._before(step)
         rewards: list[float | None] = [self.format_penalty] * len(qids)
         row: dict[str, Any] = {
-            "step": step, "asked": asked, "rewards": rewards, "malformed": len(qids) - len(valid), "opened": False,
+            "stamp": self.stamp, "step": step, "asked": asked, "rewards": rewards, "malformed": len(qids) - len(valid), "opened": False,
             "result": None, "histories": None if before.histories is None else list(before.histories), "reason": None,
             "weights": None,
         }  # fmt: skip

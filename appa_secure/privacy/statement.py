@@ -28,6 +28,8 @@ def statement(config: Config, rows: Sequence[Mapping[str, Any]], noise_multiplie
         "delta": p.delta,
         "accountant": p.accountant,
         "epsilon": spent,
+        "epsilon_of_a_person_in_several_groups": _several(spent),
+        "secure_rng": p.secure_rng,
         "budget": p.epsilon,
         "mechanisms": [
             {"name": "private context", "kind": "Gaussian", "noise_multiplier": _context(config), "releases": 1},
@@ -48,6 +50,22 @@ def statement(config: Config, rows: Sequence[Mapping[str, Any]], noise_multiplie
         "nominal_respondents": config.data.nominal_respondents if nominal else None,
         "not_covered": _not_covered(config, nominal),
     }
+
+
+def _several(spent: Mapping[str, float]) -> dict[str, float]:
+    """What a unit present at k clients may lose at most: basic composition over the k largest epsilons, k = 2, 3."""
+    largest = sorted(spent.values(), reverse=True)
+    return {str(k): sum(largest[:k]) for k in (2, 3) if len(largest) >= k}
+
+
+def _seed_warning(s: Mapping[str, Any]) -> list[str]:
+    if s["secure_rng"]:
+        return []
+    return [
+        "",
+        "**This holds only towards those who do not know the run's seed**, which is in its configuration: the noise was "
+        "made repeatable for measurement. With `privacy.secure_rng=true` it holds towards everyone.",
+    ]
 
 
 def _context(config: Config) -> float:
@@ -94,9 +112,14 @@ def markdown(s: Mapping[str, Any]) -> str:
         f"Whoever sees everything this run released learns almost the same about **{s['unit_meaning']}** as if it had not "
         f"been there: its presence changes the odds of any conclusion by at most a factor of e^ε, with **ε ≤ {worst:.2f}**, "
         f"except with probability δ = {s['delta']:g}. The budget was ε = {s['budget']:g} per client.",
+        *_seed_warning(s),
         "",
         f"- Privacy unit: {s['unit']}; adjacency: {s['adjacency']}; accountant: {s['accountant'].upper()} (Opacus).",
         f"- Noise: {s['noise_source']}.",
+        *(
+            f"- Somebody whose data are in {k} of the groups: ε ≤ {e:.2f} in total (δ adds up likewise)."
+            for k, e in s["epsilon_of_a_person_in_several_groups"].items()
+        ),
     ]
     for m in s["mechanisms"]:
         facts = ", ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in m.items() if k not in ("name", "kind"))
