@@ -41,12 +41,13 @@ def test_every_agreed_field_changes_the_digest(agreement) -> None:
         "min_cohort": 4, "ring_bits": 32, "rounds_per_epoch": 5, "embedder": "hf",
         "groups": {**agreement.groups, "g0": "g1"},
         "directory": Directory({**keys, "g0": other_key}),
-        "questions": {q: replace(x, text="Else?") if q == "q0" else x for q, x in agreement.questions.items()},
+        "questions": {q: replace(x, text=f"Well, {x.text}") for q, x in agreement.questions.items()},
     }  # fmt: skip
     changed = [replace(agreement, **{name: value}) for name, value in changes.items()]
     plans = {
         "run": "x", "seed": 2, "train": ("q4",), "context": ("q0",), "rounds": 9, "local_steps": 2,
-        "clip": 2.0, "questions_per_step": 2, "context_per_step": 1, "lr": 0.2, "private": False, "unit": "record",
+        "clip": 2.0, "questions_per_step": 2, "context_per_step": 1, "lr": 0.2, "private": False,
+        "unit": "record",
         "sample_rate": 0.1, "noise_multiplier": 1.0, "answers_per_unit": 7,
     }  # fmt: skip
     assert {f.name for f in fields(agreement.plan)} == set(plans)
@@ -73,7 +74,8 @@ def test_what_is_each_sites_own_is_not_agreed(agreement) -> None:
     agreed = {f.name for f in fields(agreement)} - {"truth", "secure_rng"}
     assert agreed == {
         "plan", "budget", "context_noise", "questions", "reward", "aggregation", "predictor", "groups",
-        "directory", "mode", "release", "threshold", "min_cohort", "ring_bits", "rounds_per_epoch", "embedder",
+        "directory", "mode", "release", "threshold", "min_cohort", "ring_bits", "rounds_per_epoch",
+        "embedder",
     }  # fmt: skip
 
 
