@@ -137,6 +137,9 @@ def build_tiny(
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=MAX_POSITIONS,
+        # The library's 0.02 suits wide models; at this width it hides the prompt's content from the policy gradient,
+        # which then settles on one answer for all questions.
+        initializer_range=dim**-0.5,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

@@ -52,7 +52,9 @@ class PPOConfig(GRPOConfig):
     disable_dropout: bool = True
     activation_checkpointing: bool | None = False
     bf16: bool | None = False
-    lr_scheduler_type: str = "constant"
+    # Adam's first steps have full length whatever the gradient, and the last ones should average their noise.
+    lr_scheduler_type: str = "linear"
+    warmup_steps: float = 0.05
     remove_unused_columns: bool = False
     report_to: Any = field(default_factory=list)
     logging_strategy: str = "no"
