@@ -9,7 +9,7 @@ context  -                                         ledger row; the private conte
 secagg   one message of a key set-up or unmasking  the client's signed message
 train    predictor parameters, round request       masked update, ledger row
 freeze   final predictor                           -
-score    rollouts, normaliser Z, round request     masked reward vector (in clear mode: coded, not masked)
+score    rollouts, round request (`paper`: and Z)  masked reward vector (in clear mode: coded, not masked)
 truth    -                                         true distributions; only where evaluation.truth is on at the client
 """
 

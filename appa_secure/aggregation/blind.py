@@ -27,7 +27,7 @@ Accuracy. With values rounded to multiples of 2^-f and G groups, a sum is off by
   - Jain's index: relative 2ε/S1 + ε/S2, so meaningless for rewards whose squares are near 2^-f; `cov` takes a
     square root of 1/J - 1, so near equality its error is the root of that;
   - Z: relative ε/Z with Z ≥ G·exp(-1/T), so at most 2^-(f+1)·exp(1/T): with T = 0.1 and f = 40, 1.0e-8.
-    The same relative error enters all weights α and cancels in `weighted` through A.
+    In `paper` the same relative error enters all weights α; `weighted` does not use Z.
 """
 
 from __future__ import annotations
