@@ -7,7 +7,7 @@ Segments of the vector, in order; "r" is the group's reward vector (B,), h its h
 | S1   | B    | r                                | all               | the mean                             |
 | S2   | B, 1 | r², or (mean r)² (scope `batch`) | all               | the fairness index                   |
 | E    | B    | see `_exponential`               | min, max, appa    | the log-sum-exp branch               |
-| Z    | 1    | exp(-h/T), h after the step      | appa              | the next step's normaliser           |
+| Z    | 1    | exp(-h/T), h after the step      | appa              | soft minimum; `paper`: normaliser    |
 | H1   | 1    | h                                | all               | mean history                         |
 | H2   | 1    | h²                               | all               | Jain's index of the histories        |
 | A    | 1    | α (`paper`), w (`weighted`)      | appa              | the weights' normaliser              |

@@ -94,7 +94,7 @@ class StepResult:
         fi: fairness index of the step, in (0, 1].
         branch: how `rewards` came about: `mean`, `lse` (log-sum-exp, also the smooth blind min and max), or
             the exact `min`, `max` of the clear form.
-        z_next: Σ_g exp(-h_g/T) after the step, the next step's normaliser (`appa`).
+        z_next: Σ_g exp(-h_g/T) after the step (`appa`); the next step's normaliser of `paper`.
         h_mean: mean history over the groups that took part.
         h_jain: Jain's index of the histories, in (0, 1].
         soft_min: -T·log(z_next/G), a smooth minimum of the histories: min h ≤ soft_min ≤ mean h (`appa`).
