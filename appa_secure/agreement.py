@@ -22,7 +22,7 @@ from appa_secure.privacy.plan import TrainingPlan
 from appa_secure.rewards import task_of
 from appa_secure.secagg.fixedpoint import Layout, Segment
 from appa_secure.secagg.keys import Directory
-from appa_secure.secagg.policy import ClientPolicy, threshold_for
+from appa_secure.secagg.policy import ClientPolicy, Release, threshold_for
 
 PREDICTOR = "predictor"
 REWARD = "reward"
@@ -42,7 +42,7 @@ class Agreement:
     groups: Mapping[str, str]  # client id -> group
     directory: Directory
     mode: str  # blind, cohort or clear
-    release: str  # abort or recover, for rewards
+    release: Release  # for rewards
     threshold: float
     min_cohort: int
     ring_bits: int
@@ -109,14 +109,21 @@ class Agreement:
             self.min_cohort, self.threshold, self.ring_bits, self.rounds_per_epoch, self.predictor_release
         )
         if not self.cohort:
-            policy = ClientPolicy(self.min_cohort, self.threshold, self.ring_bits, self.rounds_per_epoch, self.release)  # type: ignore[arg-type]
+            policy = ClientPolicy(
+                self.min_cohort, self.threshold, self.ring_bits, self.rounds_per_epoch, self.release
+            )
             return {PREDICTOR: (self.directory, everyone), REWARD: (self.directory, policy)}
         members = self.members(self.groups[client])
-        policy = ClientPolicy(self.min_cohort, self.threshold, self.ring_bits, self.rounds_per_epoch, self.release)  # type: ignore[arg-type]
-        return {PREDICTOR: (self.directory, everyone), self.reward_session(self.groups[client]): (members, policy)}
+        policy = ClientPolicy(
+            self.min_cohort, self.threshold, self.ring_bits, self.rounds_per_epoch, self.release
+        )
+        return {
+            PREDICTOR: (self.directory, everyone),
+            self.reward_session(self.groups[client]): (members, policy),
+        }
 
     @property
-    def predictor_release(self) -> str:
+    def predictor_release(self) -> Release:
         """In cohort mode partial sums of predictor updates may be opened: each update alone is differentially private.
 
         In blind mode a group's update is as much its secret as its rewards: the policy of the rewards holds.
@@ -182,7 +189,9 @@ def make_plan(config: Config, run: str, split: Split) -> TrainingPlan:
     if not p.enabled:
         return draft
     fixed = [GaussianEvent(context_multiplier(config), 1.0, 1)]
-    return plan(calibrate(p.epsilon, p.delta, p.accountant, fixed, p.sample_rate, draft.participations(t.rounds)))
+    return plan(
+        calibrate(p.epsilon, p.delta, p.accountant, fixed, p.sample_rate, draft.participations(t.rounds))
+    )
 
 
 def context_multiplier(config: Config) -> float:

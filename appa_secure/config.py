@@ -63,7 +63,9 @@ class TaskConfig(Section):
     style: Literal["short", "instruct"] = _about(
         "short", "prompts: short for tiny policies, instruct for real LMs"
     )
-    format_penalty: float = _about(0.5, "training reward of an answer that cannot be read; measured as 0", ge=-1, le=1)
+    format_penalty: float = _about(
+        0.5, "training reward of an answer that cannot be read; measured as 0", ge=-1, le=1
+    )
 
 
 class DataConfig(Section):
@@ -152,7 +154,8 @@ class PrivacyConfig(Section):
     context_noise: float = _about(4.0, "standard deviation of the noise on context counts", ge=0)
     answers_per_unit: Count = _about(1, "unit=respondent: answers of one person that are used at most")
     secure_rng: bool = _about(
-        True, "noise from a secret key of each client; false: from the run's seed, so that runs can be repeated"
+        True,
+        "noise from a secret key of each client; false: from the run's seed, so that runs can be repeated",
     )
 
 

@@ -81,7 +81,13 @@ def run(config: Config, resume: Path | None = None) -> Path:
         else:
             parts = prepare(config, directory.root, progress)
             clients = {c: parts.client(c) for c in parts.agreement.clients}
-            align(config, parts, LocalFederation({c: client.handle for c, client in clients.items()}), directory, progress)
+            align(
+                config,
+                parts,
+                LocalFederation({c: client.handle for c, client in clients.items()}),
+                directory,
+                progress,
+            )
     from appa_secure.report import render
 
     render(root)
@@ -103,7 +109,9 @@ def prepare(config: Config, root: Path, progress: Progress | None = None) -> Par
     for reason, count in survey.dropped.items():
         if progress is not None:
             progress.note(f"data: dropped {count} ({reason})")
-    split = surveys.split_questions(survey.questions, config.data.context, config.data.heldout_fraction, config.seed)
+    split = surveys.split_questions(
+        survey.questions, config.data.context, config.data.heldout_fraction, config.seed
+    )
     holdings, groups = {}, {}
     for group in survey.groups:
         for member in split_members(group, config.federation.members_per_group, config.seed):
@@ -148,7 +156,9 @@ class LocalFederation:
     def __init__(self, handlers: Mapping[str, Callable[[bytes], bytes | None]]) -> None:
         self.handlers = dict(handlers)
         self.clients = tuple(sorted(handlers))
-        self._pool = ThreadPoolExecutor(os.cpu_count(), "client", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(
+            os.cpu_count(), "client", initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     def exchange(self, requests: Mapping[str, bytes]) -> dict[str, bytes]:
         """Ask the clients; a handler that returns None has dropped out."""

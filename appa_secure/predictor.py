@@ -13,6 +13,7 @@ only a sigma nobody uses would still be noised by DP-SGD.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +73,7 @@ class PreferencePredictor(nn.Module):
         self.shape = shape
         sizes = [shape.embedding + 1] + [shape.dim] * shape.mlp_depth
         steps: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for i, (a, b) in enumerate(itertools.pairwise(sizes)):
             steps += [nn.Linear(a, b)] + ([nn.GELU()] if i < shape.mlp_depth - 1 else [])
         self.point = nn.Sequential(*steps)
         self.layers = nn.ModuleList(_Layer(shape) for _ in range(shape.layers))

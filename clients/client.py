@@ -86,7 +86,9 @@ class Client:
                 "context": {},
                 "vector": {},
             }
-        self._ledger = Ledger(store.ledger_path, client_id, agreement.budget) if agreement.plan.private else None
+        self._ledger = (
+            Ledger(store.ledger_path, client_id, agreement.budget) if agreement.plan.private else None
+        )
         self._machines: dict[str, ClientMachine] = {}
         self._model = PreferencePredictor(agreement.predictor)
         self._trainer: LocalTrainer | None = None
@@ -136,7 +138,9 @@ class Client:
     def _setup(self, body: Mapping[str, Any]) -> bytes:
         mine = self.agreement
         if body["agreement"] != mine.digest():
-            raise Refusal("AgreementMismatch", "the coordinator's configuration of this run differs from this site's")
+            raise Refusal(
+                "AgreementMismatch", "the coordinator's configuration of this run differs from this site's"
+            )
         if body["run"] != mine.plan.run:
             raise Refusal("AgreementMismatch", f"run {body['run']!r} is not the agreed {mine.plan.run!r}")
         self._state["run"] = mine.plan.run
@@ -147,7 +151,9 @@ class Client:
         # Which questions a group was asked is public; the others would enter as pure noise.
         sizes = {q: len(self._embeddings[q]) for q in plan.context if self._data.has(q)}
         if not sizes:
-            raise Refusal("NoContext", "this group was asked none of the context questions; raise data.context")
+            raise Refusal(
+                "NoContext", "this group was asked none of the context questions; raise data.context"
+            )
         rows: list[dict[str, Any]] = []
         if not self._state["context"]:
             if plan.private:
@@ -183,7 +189,9 @@ class Client:
             self._machines[session] = (
                 ClientMachine(self.client_id, self._identity, directory, policy, self._rng)
                 if stored is None
-                else ClientMachine.restore(stored, self.client_id, self._identity, directory, policy, self._rng)
+                else ClientMachine.restore(
+                    stored, self.client_id, self._identity, directory, policy, self._rng
+                )
             )
         return self._machines[session]
 
@@ -215,7 +223,9 @@ class Client:
         if self._state.get("predicted"):
             # The answered rounds are forgotten with the updates: answering again would be a release nobody paid for.
             raise Refusal("OutOfOrder", "the predictor is final; training is over")
-        start = unpack_vector(body["parameters"], COORDINATOR, "train.parameters", self.agreement.predictor_size)
+        start = unpack_vector(
+            body["parameters"], COORDINATOR, "train.parameters", self.agreement.predictor_size
+        )
         asked = hashlib.sha256(body["parameters"]).digest()
         done = self._state["vector"]
         if done and done["round"] > index:
@@ -229,7 +239,9 @@ class Client:
             first = min(done["round"] + 1, index) if done else 0
             rows = [self._ledger.charge(f"predictor/{i + 1}", plan.event(i)) for i in range(first, index + 1)]
         if done and done["round"] == index:
-            update = np.frombuffer(done["update"])  # asked again after a crash of the coordinator: same release
+            update = np.frombuffer(
+                done["update"]
+            )  # asked again after a crash of the coordinator: same release
         else:
             update = trainer.round(start, index, self._model)
             self._state["vector"] = {"round": index, "asked": asked, "update": update.tobytes()}
@@ -247,7 +259,9 @@ class Client:
 
     def _freeze(self, body: Mapping[str, Any]) -> bytes:
         """Compute this group's predicted preferences once; afterwards neither predictor nor updates are kept."""
-        vector = unpack_vector(body["parameters"], COORDINATOR, "freeze.parameters", self.agreement.predictor_size)
+        vector = unpack_vector(
+            body["parameters"], COORDINATOR, "freeze.parameters", self.agreement.predictor_size
+        )
         if self._state["history"]:
             raise Refusal("OutOfOrder", "alignment has begun; the predictor cannot change any more")
         unflatten(self._model, vector)
@@ -284,7 +298,9 @@ class Client:
         history = self._committed(step, body["opened"])
         if a.cohort:
             vector = rewards
-            self._state["history"]["begun"] = 1  # the group's history is the coordinator's; the predictor is final
+            self._state["history"]["begun"] = (
+                1  # the group's history is the coordinator's; the predictor is final
+            )
         else:
             z = self._normaliser(body)
             try:
@@ -292,14 +308,18 @@ class Client:
             except ValueError as error:
                 raise RemoteMisbehaviour(COORDINATOR, f"score: {error}") from None
             self._state["history"].update(pending=pack_float(h), pending_step=step)
-        return pack(REPLIES, "score", message=self._send("score", body, vector, a.reward_layout(len(rewards))))
+        return pack(
+            REPLIES, "score", message=self._send("score", body, vector, a.reward_layout(len(rewards)))
+        )
 
     def _normaliser(self, body: Mapping[str, Any]) -> float | None:
         """The published normaliser, which only the `paper` variant takes from the coordinator; None on the first step."""
         if self.agreement.needs_normaliser:
             return unpack_float(body["z"], COORDINATOR, "score.z")
         if body["z"]:
-            raise RemoteMisbehaviour(COORDINATOR, "score: a normaliser was sent, but this rule's weights do not depend on it")
+            raise RemoteMisbehaviour(
+                COORDINATOR, "score: a normaliser was sent, but this rule's weights do not depend on it"
+            )
         return None if body["opened"] == 0 else 1.0
 
     def _parsed(self, body: Mapping[str, Any]) -> list[np.ndarray]:
@@ -311,7 +331,9 @@ class Client:
             question = self.agreement.questions.get(qid)
             answer = parse(text, question, self.agreement.task) if question is not None else None
             if answer is None:
-                raise BadEncoding(COORDINATOR, f"score: not an answer to a question of this survey ({qid!r:.80})")
+                raise BadEncoding(
+                    COORDINATOR, f"score: not an answer to a question of this survey ({qid!r:.80})"
+                )
             parsed.append(answer)
         return parsed
 
@@ -329,6 +351,10 @@ class Client:
     def _truth(self, body: Mapping[str, Any]) -> bytes:
         """True distributions, for measuring a simulation. A site in deployment has evaluation.truth=false: refused."""
         if not self.agreement.truth:
-            raise Refusal("NotAllowed", "evaluation.truth is off at this site: true distributions never leave it")
-        known = {q: self._data.distribution(q).tolist() for q in self.agreement.questions if self._data.has(q)}
+            raise Refusal(
+                "NotAllowed", "evaluation.truth is off at this site: true distributions never leave it"
+            )
+        known = {
+            q: self._data.distribution(q).tolist() for q in self.agreement.questions if self._data.has(q)
+        }
         return pack(REPLIES, "truth", distributions=json.dumps([known]).encode())

@@ -24,7 +24,9 @@ class ClientStore:
         self.root = root
         self.ledger_path = root / "ledger.jsonl"
         self._path = root / "state.cbor"
-        for leftover in root.glob(".*.tmp"):  # of a process killed while saving: secrets of a state nobody keeps
+        for leftover in root.glob(
+            ".*.tmp"
+        ):  # of a process killed while saving: secrets of a state nobody keeps
             leftover.unlink()
 
     def __repr__(self) -> str:
@@ -37,7 +39,9 @@ class ClientStore:
         try:
             state = cbor.decode(self._path.read_bytes())
         except cbor.NotCanonical as error:
-            raise RunError(f"{self.root.name}/state.cbor is damaged ({error}): restore it from a copy") from None
+            raise RunError(
+                f"{self.root.name}/state.cbor is damaged ({error}): restore it from a copy"
+            ) from None
         if not isinstance(state, dict):
             raise RunError(f"{self.root.name}/state.cbor is not a client state: restore it from a copy")
         return state

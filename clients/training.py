@@ -114,7 +114,9 @@ class LocalTrainer:
         self.counts = {q: np.rint(data.counts[q]).astype(np.int64) for q in plan.train if data.has(q)}
         self.shares = {q: data.distribution(q) for q in self.counts}
         self.people = (
-            _bounded_rows(data, plan, question_order, noise_key) if plan.unit == "respondent" and plan.private else None
+            _bounded_rows(data, plan, question_order, noise_key)
+            if plan.unit == "respondent" and plan.private
+            else None
         )
 
     def round(self, vector: np.ndarray, round_index: int, model: PreferencePredictor) -> np.ndarray:
@@ -126,7 +128,9 @@ class LocalTrainer:
             self._step(model, questions, context, f"{label}/{step}")
         return (start - flatten(model).astype(np.float64)) / self.plan.lr
 
-    def _step(self, model: PreferencePredictor, questions: Sequence[str], context: Sequence[str], label: str) -> None:
+    def _step(
+        self, model: PreferencePredictor, questions: Sequence[str], context: Sequence[str], label: str
+    ) -> None:
         here = [q for q in questions if q in self.counts]
         context = [q for q in context if q in self.context][: self.plan.context_per_step]
         points = context_points([self.embeddings[q] for q in context], [self.context[q] for q in context])
@@ -193,7 +197,9 @@ class LocalTrainer:
         for i, q in enumerate(questions):
             wanted[i, : len(self.shares[q])] = torch.from_numpy(self.shares[q])
         model.train()
-        likely = log_likelihood(model(points.expand(len(targets), -1, -1), targets), mask).masked_fill(~mask, 0.0)
+        likely = log_likelihood(model(points.expand(len(targets), -1, -1), targets), mask).masked_fill(
+            ~mask, 0.0
+        )
         (-(wanted * likely).sum() / len(questions)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -221,7 +227,11 @@ class LocalTrainer:
 
 
 def _people_examples(
-    people: dict[int, list[tuple[str, int]]], questions: Sequence[str], rate: float, width: int, rng: np.random.Generator
+    people: dict[int, list[tuple[str, int]]],
+    questions: Sequence[str],
+    rate: float,
+    width: int,
+    rng: np.random.Generator,
 ) -> Examples:
     """Units are persons: every person is drawn at `rate`, and owns the cells of their answers in this step."""
     index = {q: i for i, q in enumerate(questions)}
@@ -236,7 +246,9 @@ def _people_examples(
             units[i, column[cell]] += 1.0
     for (_, option), i in column.items():
         target[i, option] = 1.0
-    return Examples(np.array([q for q, _ in cells], dtype=np.int64), target, np.ones(len(rows), dtype=np.int64), units)
+    return Examples(
+        np.array([q for q, _ in cells], dtype=np.int64), target, np.ones(len(rows), dtype=np.int64), units
+    )
 
 
 def _chunks(examples: Examples) -> list[tuple[np.ndarray, Tensor | None, Tensor]]:
@@ -256,12 +268,17 @@ def _bounded_rows(
     train = set(plan.train)
     people: dict[int, list[tuple[str, int]]] = {}
     for person, question, option in zip(
-        data.responses.respondent.tolist(), data.responses.question.tolist(), data.responses.option.tolist(), strict=True
+        data.responses.respondent.tolist(),
+        data.responses.question.tolist(),
+        data.responses.option.tolist(),
+        strict=True,
     ):
         if question_order[question] in train:
             people.setdefault(person, []).append((question_order[question], option))
     rng = sampler(noise_key, "contribution-bound")
     for person, rows in people.items():
         if len(rows) > plan.answers_per_unit:
-            people[person] = [rows[i] for i in sorted(rng.choice(len(rows), plan.answers_per_unit, replace=False))]
+            people[person] = [
+                rows[i] for i in sorted(rng.choice(len(rows), plan.answers_per_unit, replace=False))
+            ]
     return people

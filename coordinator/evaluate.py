@@ -37,7 +37,9 @@ class Truth:
         for client, reply in replies.items():
             for qid, row in _distributions(client, reply).items():
                 if qid not in agreement.questions or len(row) != len(agreement.questions[qid].options):
-                    raise BadEncoding(client, f"truth: no such question or wrong number of options ({qid!r:.80})")
+                    raise BadEncoding(
+                        client, f"truth: no such question or wrong number of options ({qid!r:.80})"
+                    )
                 members[agreement.groups[client]][qid].append(np.asarray(row, dtype=np.float64))
         means = {g: {q: np.mean(rows, axis=0) for q, rows in by.items()} for g, by in sorted(members.items())}
         return cls({g: {q: p / p.sum() for q, p in by.items()} for g, by in means.items()})
@@ -58,7 +60,9 @@ class Evaluator:
         self.agreement, self.truth, self.style = agreement, truth, style
         self.bootstrap, self.seed = bootstrap, seed
         ordinals = {q: question.ordinals for q, question in agreement.questions.items()}
-        self._scorers = {g: Scorer(agreement.reward, targets, ordinals) for g, targets in truth.groups.items()}
+        self._scorers = {
+            g: Scorer(agreement.reward, targets, ordinals) for g, targets in truth.groups.items()
+        }
 
     def scores(self, qids: Sequence[str], answers: Sequence[np.ndarray | None]) -> dict[str, np.ndarray]:
         """Per group (B,) scores; NaN where the group has no answers to the question."""
@@ -87,7 +91,11 @@ class Evaluator:
         prompts = [prompt(self.agreement.questions[q], task, self.style) for q in qids]
         texts = generate(prompts, samples)
         flat = [q for q in qids for _ in range(samples)]
-        answers = [parse(t, self.agreement.questions[q], task) for q, row in zip(qids, texts, strict=True) for t in row]
+        answers = [
+            parse(t, self.agreement.questions[q], task)
+            for q, row in zip(qids, texts, strict=True)
+            for t in row
+        ]
         table = np.stack(
             [row.reshape(len(qids), samples).mean(axis=1) for row in self.scores(flat, answers).values()]
         )  # (G, Q)

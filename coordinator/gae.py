@@ -44,8 +44,8 @@ def token_rewards(
 def leave_one_out(scores: Tensor, group: int) -> Tensor:
     """Scores less the mean score of the other completions of the same prompt (RLOO, Ahmadian et al. 2024, eq. 6).
 
-    The baseline of a completion does not depend on that completion, so the policy gradient stays unbiased; what differs
-    between prompts, which a critic would need many visits to learn, is gone.
+    The baseline of a completion does not depend on that completion, so the policy gradient stays unbiased;
+    what differs between prompts, which a critic would need many visits to learn, is gone.
 
     Args:
         scores: (B,), `group` completions of one prompt in a row; NaN where not scored.

@@ -185,7 +185,8 @@ class Pipeline:
         result = row["result"] or {}
         self.run_dir.metrics.append(
             {
-                "stamp": self._trained, "step": step, "reward": metrics["reward"], "fi": result.get("fi"), "branch": result.get("branch"),
+                "stamp": self._trained, "step": step, "reward": metrics["reward"], "fi": result.get("fi"),
+                "branch": result.get("branch"),
                 "z": result.get("z_next"), "h_mean": result.get("h_mean"), "soft_min": result.get("soft_min"),
                 "alpha_sum": result.get("alpha_sum"), "kl": metrics["kl"], "entropy": metrics["entropy"],
                 "malformed": row["malformed"], "opened": row["opened"], "epsilon": self._epsilon(),
@@ -193,14 +194,21 @@ class Pipeline:
             }
         )  # fmt: skip
         self.progress.step(
-            "align", step, self.config.ppo.steps, reward=metrics["reward"], fi=result.get("fi"), eps=self._epsilon()
+            "align",
+            step,
+            self.config.ppo.steps,
+            reward=metrics["reward"],
+            fi=result.get("fi"),
+            eps=self._epsilon(),
         )
 
     def _measure(self, folder: str) -> dict[str, Any]:
         if not self.config.evaluation.truth:
             return {}
         evaluator, c = self._measuring(), self.config
-        model, tokenizer = _load(self.run_dir.path("policy") / "warm", self.run_dir.path(folder), c.policy.lora is not None)
+        model, tokenizer = _load(
+            self.run_dir.path("policy") / "warm", self.run_dir.path(folder), c.policy.lora is not None
+        )
 
         def generate(prompts: list[str], samples: int) -> list[list[str]]:
             return sample(model, tokenizer, prompts, samples, c.ppo.temperature, self._new_tokens(), c.seed)
@@ -240,7 +248,10 @@ class Pipeline:
         if c.evaluation.truth:
             names = ("train", "heldout")
             alignment = {s: {"before": stages["before"][s], "after": stages["after"][s]} for s in names}
-            ceilings = {s: self._measuring().ceilings(q) for s, q in zip(names, (self.train, self.heldout), strict=True)}
+            ceilings = {
+                s: self._measuring().ceilings(q)
+                for s, q in zip(names, (self.train, self.heldout), strict=True)
+            }
             closed = {s: _gap_closed(alignment[s], ceilings[s]) for s in names}
         rows = list(run.ledger)
         private = statement(c, rows, agreement.plan.noise_multiplier, self.nominal)
@@ -310,7 +321,9 @@ def _recombined(questions: list[Question], seed: int) -> list[Question]:
     options = sorted({option for q in questions for option in q.options})
     sizes = [len(q.options) for q in questions]
     return [
-        Question(f"recombined {i}", q.text, tuple(rng.choice(options, rng.choice(sizes), replace=False).tolist()))
+        Question(
+            f"recombined {i}", q.text, tuple(rng.choice(options, rng.choice(sizes), replace=False).tolist())
+        )
         for i, q in enumerate(questions)
     ]
 

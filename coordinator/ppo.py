@@ -33,7 +33,16 @@ from appa_secure.errors import ConfigError
 from coordinator import checkpoints
 from coordinator.checkpoints import latest_checkpoint
 from coordinator.critic import CompletionScorer, Critic
-from coordinator.gae import gae, leave_one_out, masked_mean, masked_moments, policy_loss, token_rewards, value_loss, whiten
+from coordinator.gae import (
+    gae,
+    leave_one_out,
+    masked_mean,
+    masked_moments,
+    policy_loss,
+    token_rewards,
+    value_loss,
+    whiten,
+)
 from coordinator.ppo_config import PPOConfig, PromptSampler, make_config
 from coordinator.ppo_metrics import rollout_metrics, rollout_sums
 from coordinator.sampling import base_of, rollout

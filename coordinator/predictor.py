@@ -108,5 +108,3 @@ def record_ledger(run: RunDir, client: str, raw: bytes) -> float | None:
         if (client, row["release"]) not in known:
             run.ledger.append(row)
     return float(rows[-1]["epsilon"]) if rows else None
-
-

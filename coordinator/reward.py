@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch.distributed
 
-from appa_secure.agreement import Agreement
 from appa_secure.aggregation import StepResult, combine, combine_clear
+from appa_secure.agreement import Agreement
 from appa_secure.errors import RunError
 from appa_secure.journal import canonical_json
 from appa_secure.messages import pack_float
@@ -50,7 +50,12 @@ class FederatedReward:
     __name__ = "federated_reward"
 
     def __init__(
-        self, agreement: Agreement, rounds: Rounds, journal: Journal, format_penalty: float, seen: Seen | None = None,
+        self,
+        agreement: Agreement,
+        rounds: Rounds,
+        journal: Journal,
+        format_penalty: float,
+        seen: Seen | None = None,
         stamp: str = "not private",
     ) -> None:
         self.agreement, self.rounds, self.journal = agreement, rounds, journal
@@ -60,7 +65,12 @@ class FederatedReward:
         self._discarded = 0
 
     def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], qid: Sequence[str], trainer_state: Any, **_: Any
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        qid: Sequence[str],
+        trainer_state: Any,
+        **_: Any,
     ) -> list[float | None]:
         """Rewards of one step's rollouts, gathered over all processes: one federated query per step."""
         texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
@@ -72,7 +82,9 @@ class FederatedReward:
         torch.distributed.all_gather_object(parts, (list(qid), texts))
         answer: list[Any] = [None]
         if rank == 0:
-            answer[0] = self.step(step, [q for part in parts for q in part[0]], [t for part in parts for t in part[1]])
+            answer[0] = self.step(
+                step, [q for part in parts for q in part[0]], [t for part in parts for t in part[1]]
+            )
         torch.distributed.broadcast_object_list(answer, src=0)
         start = sum(len(part[0]) for part in parts[:rank])
         return list(answer[0][start : start + len(texts)])
@@ -80,7 +92,10 @@ class FederatedReward:
     def step(self, step: int, qids: Sequence[str], texts: Sequence[str]) -> list[float | None]:
         """Rewards (B,) of step number `step` (from 1); None where the step was discarded."""
         asked = hashlib.sha256(canonical_json([step, list(qids), list(texts)])).hexdigest()
-        answers = [parse(t, self.agreement.questions[q], self.agreement.task) for q, t in zip(qids, texts, strict=True)]
+        answers = [
+            parse(t, self.agreement.questions[q], self.agreement.task)
+            for q, t in zip(qids, texts, strict=True)
+        ]
         row = self.rows.get(step)
         if row is None:
             row = self._query(step, asked, qids, texts, [i for i, a in enumerate(answers) if a is not None])
@@ -101,7 +116,8 @@ class FederatedReward:
         before = self._before(step)
         rewards: list[float | None] = [self.format_penalty] * len(qids)
         row: dict[str, Any] = {
-            "stamp": self.stamp, "step": step, "asked": asked, "rewards": rewards, "malformed": len(qids) - len(valid), "opened": False,
+            "stamp": self.stamp, "step": step, "asked": asked, "rewards": rewards, "malformed": len(qids) - len(valid),
+            "opened": False,
             "result": None, "histories": None if before.histories is None else list(before.histories), "reason": None,
             "weights": None,
         }  # fmt: skip
@@ -119,7 +135,9 @@ class FederatedReward:
         if isinstance(outcome, NotOpened):
             self._discarded += 1
             if self._discarded >= _PATIENCE:
-                raise RunError(f"{_PATIENCE} alignment steps in a row were discarded, the last because: {outcome.reason}")
+                raise RunError(
+                    f"{_PATIENCE} alignment steps in a row were discarded, the last because: {outcome.reason}"
+                )
             # One missing group discards the step: the trainer leaves these rollouts out and goes on with fresh ones.
             for i in valid:
                 rewards[i] = None

@@ -62,7 +62,9 @@ def ask(federation: Federation, kind: str, **body: Any) -> dict[str, Message]:
     replies = federation.exchange(dict.fromkeys(federation.clients, raw))
     silent = sorted(set(federation.clients) - set(replies))
     if silent:
-        raise RunError(f"no answer to {kind!r} from {', '.join(silent)}: bring the client back and resume the run")
+        raise RunError(
+            f"no answer to {kind!r} from {', '.join(silent)}: bring the client back and resume the run"
+        )
     return {client: _reply(client, kind, reply) for client, reply in sorted(replies.items())}
 
 
@@ -114,22 +116,28 @@ class Rounds:
         if machine is not None and machine.rounds_left:
             return machine
         a = self.agreement
-        directory = a.directory if session == PREDICTOR or not a.cohort else a.members(session.partition("/")[2])
+        directory = (
+            a.directory if session == PREDICTOR or not a.cohort else a.members(session.partition("/")[2])
+        )
         release = a.predictor_release if session == PREDICTOR else a.release
         machine = CoordinatorMachine(
             a.session_id(session), directory, threshold=a.threshold_of(len(directory)), min_cohort=a.min_cohort,
-            rounds=a.rounds_per_epoch, ring_bits=a.ring_bits, release=release,  # type: ignore[arg-type]
+            rounds=a.rounds_per_epoch, ring_bits=a.ring_bits, release=release,
         )  # fmt: skip
         number = self._next_epoch()
         wire = _Wire(self.federation, session, "", {})
         outcome = resume(machine, wire.exchange, machine.propose(number))
         if isinstance(outcome, Aborted):
-            self.run.transcript.abort(outcome.reason, session=session, epoch=number, phase=outcome.phase, faults=wire.faults)
+            self.run.transcript.abort(
+                outcome.reason, session=session, epoch=number, phase=outcome.phase, faults=wire.faults
+            )
             return NotOpened("; ".join([outcome.reason, *wire.faults]))
         assert isinstance(outcome, EpochReady)
         self._roster[session] = outcome.transcript.hex()
         keys = {c: fingerprint("fingerprint", directory[c]).hex()[:16] for c in outcome.roster}
-        self.run.transcript.epoch(number, outcome.transcript.hex(), keys, session=session, absent=list(outcome.absent))
+        self.run.transcript.epoch(
+            number, outcome.transcript.hex(), keys, session=session, absent=list(outcome.absent)
+        )
         self._machines[session] = machine
         return machine
 
@@ -150,7 +158,9 @@ class Rounds:
         for client, reply in sorted(replies.items()):
             message = _reply(client, kind, reply).body
             if len(message["message"]) * 8 != layout.size * layout.ring_bits:
-                raise BadEncoding(client, f"{kind}: {len(message['message'])} bytes are not {layout.size} coded values")
+                raise BadEncoding(
+                    client, f"{kind}: {len(message['message'])} bytes are not {layout.size} coded values"
+                )
             vectors.append(np.frombuffer(message["message"], dtype=f"<u{layout.ring_bits // 8}"))
             fields[client] = {k: v for k, v in message.items() if k != "message"}
             sent[f"upload/{client}"] = hashlib.sha256(reply).hexdigest()
@@ -188,7 +198,9 @@ class _Wire:
         body = self.body if self.first else {"session": self.session}
         label = "upload" if self.first else "answer"
         self.first = False
-        requests = {client: pack(REQUESTS, kind, message=message, **body) for client, message in outbound.items()}
+        requests = {
+            client: pack(REQUESTS, kind, message=message, **body) for client, message in outbound.items()
+        }
         out = {}
         for client, raw in self.federation.exchange(requests).items():
             try:

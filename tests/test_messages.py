@@ -39,7 +39,7 @@ def messages(draw):
     return table, kind, {name: draw(FORMS[form]) for name, form in table[kind].items()}
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(messages())
 def test_what_is_packed_is_unpacked(message) -> None:
     table, kind, body = message
@@ -52,7 +52,7 @@ def test_what_is_packed_is_unpacked(message) -> None:
         unpack(table, raw[:-1], "clinic")
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(messages(), st.data())
 def test_a_message_with_one_wrong_field_is_refused_on_both_sides(message, data) -> None:
     table, kind, body = message
@@ -95,6 +95,7 @@ def test_every_field_but_the_round_request_is_bound_into_the_digest() -> None:
     assert digest("train", body) != own
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.none())
 def test_floats_travel_exactly(value) -> None:
     raw = pack_float(value)

@@ -71,8 +71,7 @@ def test_a_question_is_predicted_alike_alone_and_among_others(model) -> None:
 
 
 def test_one_records_loss_has_no_gradient_through_another_question(model) -> None:
-    """The separable loss of the privacy analysis: a term is a function of its own question and the context.
-    """
+    """The separable loss of the privacy analysis: a term is a function of its own question and the context."""
     padded, mask = pad_options(questions(4))
     targets = padded.clone().requires_grad_()
     seen = context().clone().requires_grad_()

@@ -30,7 +30,8 @@ tasks = st.sampled_from(TASKS)
 
 def test_short_prompt_is_one_line_and_letters_only_where_answers_use_them():
     assert (
-        prompt(question(), "dpa", "short") == "How much do you trust it? | option 0 | option 1 | option 2 = 3 :"
+        prompt(question(), "dpa", "short")
+        == "How much do you trust it? | option 0 | option 1 | option 2 = 3 :"
     )
     assert prompt(question(2), "opa", "short") == "How much do you trust it? | A option 0 | B option 1 = 2 :"
 

@@ -84,7 +84,9 @@ def calibrate(
     while cost(high, "rdp") > target:
         low, high = high, high * 2
         if high > 1e5:
-            raise PrivacyError(f"no noise reaches privacy.epsilon={target} with {count} releases at rate {sample_rate}")
+            raise PrivacyError(
+                f"no noise reaches privacy.epsilon={target} with {count} releases at rate {sample_rate}"
+            )
     while high / low > 1.005:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if cost(middle, "rdp") <= target else (middle, high)

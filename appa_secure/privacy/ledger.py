@@ -69,7 +69,9 @@ class Ledger:
                 if _event(row) != event:
                     raise PrivacyError(f"release {release!r} was paid for as {_event(row)}, not as {event}")
                 return row
-        total = epsilon([*(_event(row) for row in self._journal), event], self.budget.delta, self.budget.accountant)
+        total = epsilon(
+            [*(_event(row) for row in self._journal), event], self.budget.delta, self.budget.accountant
+        )
         if total > self.budget.epsilon:
             raise PrivacyError(
                 f"client {self.client!r}: release {release!r} would bring epsilon to {total:.4f}, above "

@@ -14,7 +14,9 @@ _UNITS = {
 }
 
 
-def statement(config: Config, rows: Sequence[Mapping[str, Any]], noise_multiplier: float, nominal: bool) -> dict[str, Any]:
+def statement(
+    config: Config, rows: Sequence[Mapping[str, Any]], noise_multiplier: float, nominal: bool
+) -> dict[str, Any]:
     """The statement as data. rows: the run's ledger; noise_multiplier: of the predictor's DP-SGD, 0 without privacy."""
     p = config.privacy
     spent: dict[str, float] = {}
@@ -32,7 +34,12 @@ def statement(config: Config, rows: Sequence[Mapping[str, Any]], noise_multiplie
         "secure_rng": p.secure_rng,
         "budget": p.epsilon,
         "mechanisms": [
-            {"name": "private context", "kind": "Gaussian", "noise_multiplier": _context(config), "releases": 1},
+            {
+                "name": "private context",
+                "kind": "Gaussian",
+                "noise_multiplier": _context(config),
+                "releases": 1,
+            },
             {
                 "name": "preference predictor",
                 "kind": "DP-SGD: Poisson-subsampled Gaussian, per-unit clipping",
@@ -122,7 +129,9 @@ def markdown(s: Mapping[str, Any]) -> str:
         ),
     ]
     for m in s["mechanisms"]:
-        facts = ", ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in m.items() if k not in ("name", "kind"))
+        facts = ", ".join(
+            f"{k.replace('_', ' ')} {_plain(v)}" for k, v in m.items() if k not in ("name", "kind")
+        )
         lines.append(f"- {m['name'].capitalize()}: {m['kind']}; {facts}.")
     lines += [
         f"- Free of further cost, because computed from the above and public text: {s['post_processing']}.",

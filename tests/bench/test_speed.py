@@ -15,7 +15,15 @@ from appa_secure.predictor import PredictorShape, PreferencePredictor, flatten
 from appa_secure.privacy.noise import gaussian
 from appa_secure.privacy.plan import TrainingPlan
 from appa_secure.rewards import Scorer
-from appa_secure.secagg import ClientMachine, ClientPolicy, CoordinatorMachine, Directory, IdentityKey, Layout, Segment
+from appa_secure.secagg import (
+    ClientMachine,
+    ClientPolicy,
+    CoordinatorMachine,
+    Directory,
+    IdentityKey,
+    Layout,
+    Segment,
+)
 from appa_secure.secagg.driver import in_process, respond, run_epoch_setup, run_round
 from appa_secure.secagg.masks import apply_masks
 from clients.training import LocalTrainer
@@ -100,14 +108,18 @@ def test_private_step_against_plain_step(unit: str) -> None:
         shares = {q: np.full(4, 0.25) for q in qids[:20]}
         return LocalTrainer(plan, data, embeddings, shares, 700.0, qids, bytes(32))
 
-    private, plain = (median_ms(lambda t=trainer(p): t.round(start, 0, model), 5) for p in (True, False))
+    dp, sgd = trainer(True), trainer(False)
+    private = median_ms(lambda: dp.round(start, 0, model), 5)
+    plain = median_ms(lambda: sgd.round(start, 0, model), 5)
     show(f"DP-SGD step, unit {unit}", private, f"{private[0] / plain[0]:.1f} x the non-private step")
 
 
 def test_scoring_and_noise() -> None:
     rng = np.random.default_rng(0)
     qids = [f"q{i}" for i in range(300)]
-    scorer = Scorer("wasserstein", {q: np.full(4, 0.25) for q in qids}, dict.fromkeys(qids, (1.0, 2.0, 3.0, 4.0)))
+    scorer = Scorer(
+        "wasserstein", {q: np.full(4, 0.25) for q in qids}, dict.fromkeys(qids, (1.0, 2.0, 3.0, 4.0))
+    )
     asked = [qids[i] for i in rng.integers(300, size=256)]
     answers = list(rng.dirichlet(np.ones(4), 256))
     show("score 256 rollouts at one client", median_ms(lambda: scorer.score(asked, answers)))

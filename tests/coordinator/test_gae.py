@@ -8,7 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.gae import gae, masked_mean, masked_moments, policy_loss, token_rewards, value_loss, whiten
+from coordinator.gae import (
+    gae,
+    leave_one_out,
+    masked_mean,
+    masked_moments,
+    policy_loss,
+    token_rewards,
+    value_loss,
+    whiten,
+)
 
 
 @st.composite
@@ -137,6 +146,23 @@ def test_moments_of_two_processes_add_up():
     assert torch.allclose(
         whiten(x, mask), torch.cat([whiten(x[:2], mask[:2], both), whiten(x[2:], mask[2:], both)])
     )
+
+
+@given(
+    st.lists(st.lists(st.one_of(st.none(), st.floats(-5, 5)), min_size=3, max_size=3), min_size=1, max_size=4)
+)
+@settings(max_examples=60, deadline=None)
+def test_leave_one_out_takes_the_mean_of_the_scored_siblings(prompts):
+    flat = torch.tensor([math.nan if x is None else x for row in prompts for x in row], dtype=torch.float64)
+    centred = leave_one_out(flat, 3).tolist()
+    for p, row in enumerate(prompts):
+        for i, score in enumerate(row):
+            others = [x for k, x in enumerate(row) if k != i and x is not None]
+            if score is None:
+                assert math.isnan(centred[3 * p + i])
+            else:
+                expected = score - sum(others) / len(others) if others else 0.0
+                assert centred[3 * p + i] == pytest.approx(expected, abs=1e-9)
 
 
 def test_an_empty_mask_gives_zero_with_a_zero_gradient():

@@ -79,7 +79,8 @@ def moved(model, seed, scale=0.05):
     return {k: v + scale * torch.randn(v.shape, generator=generator) for k, v in model.state_dict().items()}
 
 
-def test_the_loss_of_a_batch_is_what_the_papers_say(tmp_path, tokenizer):
+@pytest.mark.parametrize("prompt_baseline", [True, False])
+def test_the_loss_of_a_batch_is_what_the_papers_say(tmp_path, tokenizer, prompt_baseline):
     model = tiny(tokenizer)
     start, later = copy.deepcopy(model), copy.deepcopy(model)
     later.load_state_dict(moved(model, 1))
@@ -88,7 +89,7 @@ def test_the_loss_of_a_batch_is_what_the_papers_say(tmp_path, tokenizer):
     middle = copy.deepcopy(model)
     middle.load_state_dict(moved(model, 2))
     middle.tie_weights()
-    ppo = trainer(tmp_path, tokenizer, model)
+    ppo = trainer(tmp_path, tokenizer, model, prompt_baseline=prompt_baseline)
     torch.nn.init.normal_(ppo.critic.net[-1].weight)
     ppo.model.load_state_dict(middle.state_dict())
     batch = rollouts(ppo)
@@ -99,11 +100,14 @@ def test_the_loss_of_a_batch_is_what_the_papers_say(tmp_path, tokenizer):
     loss = ppo._compute_loss(ppo.model, batch)
 
     a = ppo.args
-    rows = []
+    rows, scores = [], []
+    for i in range(8):
+        completion = batch["completion_ids"][i][batch["completion_mask"][i] > 0].tolist()
+        scores.append(0.1 * len(tokenizer.decode(completion, skip_special_tokens=True).split()))
     for i in range(8):
         prompt = batch["prompt_ids"][i][batch["prompt_mask"][i] > 0].tolist()
         completion = batch["completion_ids"][i][batch["completion_mask"][i] > 0].tolist()
-        score = 0.1 * len(tokenizer.decode(completion, skip_special_tokens=True).split())
+        score = scores[i] - scores[i ^ 1] if prompt_baseline else scores[i]  # i ^ 1: the other of the pair
         old, _, old_hidden = plain_logps(middle, prompt, completion, a.temperature)
         ref, _, _ = plain_logps(start, prompt, completion, a.temperature)
         new, entropy, hidden = plain_logps(later, prompt, completion, a.temperature)

@@ -53,11 +53,15 @@ def results(run: Path) -> dict[str, Any]:
         "metrics": rows(run / "metrics.jsonl"),
         "measurement": rows(run / "measurement.jsonl"),
         "ledger": rows(run / "privacy_ledger.jsonl"),
-        "summary": {k: summary[k] for k in ("alignment", "ceiling", "gap_closed", "privacy", "groups", "questions")},
+        "summary": {
+            k: summary[k] for k in ("alignment", "ceiling", "gap_closed", "privacy", "groups", "questions")
+        },
     }
 
 
-def test_smoke_run_writes_everything_it_promises(smoke: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_smoke_run_writes_everything_it_promises(
+    smoke: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
     root, done = smoke
     run = root / "runs" / "run"
     assert done.stdout == f"{run}\n"  # the path alone, for scripts
@@ -91,7 +95,8 @@ def test_ledger_does_not_move_during_alignment(smoke: tuple[Path, subprocess.Com
     releases = {row["release"] for row in read_journal(run / "privacy_ledger.jsonl")}
     assert releases == {"context", "predictor/1", "predictor/2"}
     spent = [row["epsilon"] for row in read_journal(run / "metrics.jsonl")]
-    assert len(spent) == 3 and len(set(spent)) == 1
+    assert len(spent) == 3
+    assert len(set(spent)) == 1
 
 
 def _kill_when(arguments: list[str], reached: Callable[[], bool]) -> None:
