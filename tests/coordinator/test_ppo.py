@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from appa_secure.errors import ConfigError, RunError
-from coordinator.policies import build_tiny, build_tokenizer
+from coordinator.policies import WEIGHTS, build_tiny, build_tokenizer
 from coordinator.ppo import PPOTrainer, PromptSampler, latest_checkpoint, make_config
 
 PROMPTS = ["which way | left | right =", "how much tea | none | some | all of it =", "why ="] * 2
@@ -192,7 +192,7 @@ def test_a_bandit_with_a_known_optimum_is_solved(tmp_path, tokenizer):
     """One token decides: the reward of weight w is w / 10, nothing else pays; the optimum is 1."""
 
     def reward(completions, **_):
-        return [int(text) / 10 if text.isdigit() and int(text) <= 10 else 0.0 for text in completions]
+        return [int(text) / 10 if text in WEIGHTS else 0.0 for text in completions]
 
     rewards = []
     ppo = trainer(
@@ -325,17 +325,21 @@ def test_a_saved_policy_loads_without_this_project(tmp_path, tokenizer):
 def test_lora_trains_the_adapter_against_the_model_without_it_and_resumes_exactly(tmp_path, tokenizer):
     from peft import LoraConfig, PeftModel
 
-    def run(folder, steps, resume=False):
+    def run(folder, stop_at=None, resume=False):
         seen = []
+
+        def on_step(row):
+            if row["step"] == stop_at:
+                raise Stop
+            seen.append(row)
+
         lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        ppo = trainer(
-            tmp_path / folder, tokenizer, peft=lora, on_step=seen.append, steps=steps, checkpoint_every=1
-        )
+        ppo = trainer(tmp_path / folder, tokenizer, peft=lora, on_step=on_step, steps=3, checkpoint_every=1)
         ppo.train(resume_from_checkpoint=resume)
         return ppo, seen
 
     base = tiny(tokenizer)
-    ppo, seen = run("whole", 3)
+    ppo, seen = run("whole")
     assert seen[0]["kl"] == pytest.approx(0.0, abs=1e-5)
     assert abs(seen[2]["kl"]) > 1e-6
     state = ppo.model.state_dict()
@@ -347,8 +351,10 @@ def test_lora_trains_the_adapter_against_the_model_without_it_and_resumes_exactl
     ppo.save_policy(tmp_path / "policy")
     loaded = PeftModel.from_pretrained(tiny(tokenizer), tmp_path / "policy").state_dict()
     assert all(torch.equal(loaded[name], x) for name, x in state.items() if "lora" in name)
-    run("parts", 2)
-    resumed, _ = run("parts", 3, resume=True)
+    with pytest.raises(Stop):
+        run("parts", stop_at=3)
+    resumed, again = run("parts", resume=True)
+    assert [row["step"] for row in again] == [3]
     assert all(torch.equal(x, resumed.model.state_dict()[name]) for name, x in state.items())
 
 
