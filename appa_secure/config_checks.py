@@ -58,6 +58,10 @@ def notes(config: Config) -> tuple[str, ...]:
     found = []
     if not c.privacy.enabled:
         found.append("privacy=off: trained without noise; everything written is stamped 'not private'")
+    if c.privacy.enabled and not c.privacy.secure_rng:
+        found.append(
+            "privacy.secure_rng=false: whoever knows the seed can take the noise off; stamped 'not private'"
+        )
     if c.secagg.mode == "clear":
         found.append("secagg=clear: the coordinator sees every group's rewards; stamped 'not private'")
     if c.evaluation.truth:

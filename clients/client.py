@@ -239,9 +239,8 @@ class Client:
             first = min(done["round"] + 1, index) if done else 0
             rows = [self._ledger.charge(f"predictor/{i + 1}", plan.event(i)) for i in range(first, index + 1)]
         if done and done["round"] == index:
-            update = np.frombuffer(
-                done["update"]
-            )  # asked again after a crash of the coordinator: same release
+            # Asked again after a crash of the coordinator: the same release.
+            update = np.frombuffer(done["update"])
         else:
             update = trainer.round(start, index, self._model)
             self._state["vector"] = {"round": index, "asked": asked, "update": update.tobytes()}
@@ -298,9 +297,8 @@ class Client:
         history = self._committed(step, body["opened"])
         if a.cohort:
             vector = rewards
-            self._state["history"]["begun"] = (
-                1  # the group's history is the coordinator's; the predictor is final
-            )
+            # The group's history is the coordinator's; this says that the predictor is final.
+            self._state["history"]["begun"] = 1
         else:
             z = self._normaliser(body)
             try:
@@ -340,10 +338,17 @@ class Client:
     def _committed(self, step: int, opened: int) -> float | None:
         """This group's history before `step`; the pending one counts once the coordinator says its step was opened."""
         h = self._state["history"]
-        if h.get("pending") and opened == h["pending_step"]:
-            h.update(current=h.pop("pending"), step=h.pop("pending_step"))
-        if step <= h.get("step", 0):
+        pending, last = h.get("pending_step"), h.get("step", 0)
+        if self.agreement.release == "abort" and opened not in (pending, last):
+            # Nothing is opened without this client, so it knows which steps can have been.
+            raise RemoteMisbehaviour(
+                COORDINATOR,
+                f"score: says that step {opened} was opened last, here it was {last} or {pending}",
+            )
+        if step <= (pending if opened == pending else last):
             raise ReplayedRound(COORDINATOR, f"alignment step {step} was opened before")
+        if opened == pending:
+            h.update(current=h.pop("pending"), step=h.pop("pending_step"))
         return unpack_float(h.get("current", b""), "own store", "history")
 
     # -- measurement -----------------------------------------------------------------------------------------------

@@ -91,8 +91,12 @@ class Pipeline:
 
     def _predictor(self) -> dict[str, Any]:
         total = self.agreement.plan.rounds
+        known = {row.get("round") for row in self.run_dir.metrics}
 
         def done(number: int, spent: float | None) -> None:
+            if number not in known:
+                row = {"stamp": self._trained, "stage": "predictor", "round": number, "epsilon": spent}
+                self.run_dir.metrics.append(row)
             self.progress.step("predictor", number, total, eps=spent)
 
         theta = train_predictor(

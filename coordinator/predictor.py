@@ -75,8 +75,9 @@ def train_predictor(
         v = _BETA2 * v + (1 - _BETA2) * gradient**2
         step = (m / (1 - _BETA1**done)) / (np.sqrt(v / (1 - _BETA2**done)) + _EPS)
         theta = theta - server_lr * _decay(done, total) * step
-        _save(path, {"round": np.array(done), "theta": theta, "m": m, "v": v})
+        # Reported first: a kill between the two repeats the round and reports it once more, and none is left out.
         progress(done, max((s for s in spent if s is not None), default=None))
+        _save(path, {"round": np.array(done), "theta": theta, "m": m, "v": v})
     return theta.astype(np.float32)
 
 

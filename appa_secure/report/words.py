@@ -190,6 +190,11 @@ def banner(run: Run) -> Banner | None:
             "The groups' true answers were used to measure the result. The figures of this report that "
             "compare with true answers are not covered by the privacy guarantee."
         )
+    if run.dp_enabled and lookup(run.config, "privacy.secure_rng") is False:
+        reasons.append(
+            "The noise was made from the run's seed, so that the run can be repeated. Whoever knows the seed can take "
+            "it off: the privacy figures hold only towards those who do not."
+        )
     if run.dp_enabled is None or run.secagg_mode is None:
         reasons.append("The records do not say whether differential privacy and secure aggregation were on.")
     if run.summary.get("stamp") == NOT_PRIVATE and not reasons:

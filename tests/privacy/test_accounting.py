@@ -58,7 +58,7 @@ def test_the_gaussian_mechanism_against_its_exact_formula() -> None:
         assert delta >= DELTA / 50
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     noise=st.floats(0.7, 20),
     rate=st.floats(0.01, 1),
