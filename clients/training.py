@@ -49,7 +49,7 @@ class Examples:
     units: np.ndarray | None = None
 
 
-class UnitOptimizer(DPOptimizer):  # type: ignore[misc]
+class UnitOptimizer(DPOptimizer):
     """Opacus's DPOptimizer with units that own several examples, multiplicities, and named noise."""
 
     def __init__(self, *args: object, draw: Callable[[int], np.ndarray], **kwargs: object) -> None:
@@ -219,7 +219,7 @@ class LocalTrainer:
         if self.plan.unit == "record":
             keep = np.flatnonzero(rng.random(len(questions)) < self.plan.sample_rate)
             target = np.zeros((len(keep), width))
-            for row, i in enumerate(keep):
+            for row, i in enumerate(keep.tolist()):
                 target[row, : len(self.shares[questions[i]])] = self.shares[questions[i]]
             return Examples(keep, target, np.ones(len(keep), dtype=np.int64))
         assert self.people is not None
