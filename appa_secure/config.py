@@ -78,7 +78,7 @@ class DataConfig(Section):
     heldout_fraction: float = _about(0.2, "share of the questions that nobody trains on", gt=0, lt=1)
     min_responses: int = _about(30, "fewest answers per group for a question to be used", ge=0)
     min_groups: Count | None = _about(
-        None, "globalopinionqa: in how many of the groups a question must have been asked; null: all"
+        None, "globalopinionqa: groups a question must have been asked in; null: all"
     )
     ordinal_only: bool = _about(True, "use only questions whose options have an order")
     nominal_respondents: Count | None = _about(
@@ -155,7 +155,7 @@ class PrivacyConfig(Section):
     answers_per_unit: Count = _about(1, "unit=respondent: answers of one person that are used at most")
     secure_rng: bool = _about(
         True,
-        "noise from a secret key of each client; false: from the run's seed, so that runs can be repeated",
+        "noise from a secret key per client; false: from the seed, repeatable",
     )
 
 

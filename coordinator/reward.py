@@ -99,10 +99,11 @@ class FederatedReward:
         row = self.rows.get(step)
         if row is None:
             row = self._query(step, asked, qids, texts, [i for i, a in enumerate(answers) if a is not None])
-            self.journal.append(row)
-            self.rows[step] = row
+            # Measured first: after a kill between the two the step is asked again and measured no second time.
             if self.seen is not None:
                 self.seen(step, qids, answers, row)
+            self.journal.append(row)
+            self.rows[step] = row
         elif row["asked"] != asked:
             raise RunError(
                 f"alignment step {step} was scored for other rollouts before: the resumed run differs from the one that "

@@ -6,6 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
+
+# A loaded machine is slow, not wrong: pytest-timeout is what stops a test that hangs.
+settings.register_profile("appa", deadline=None)
+settings.load_profile("appa")
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -42,6 +42,8 @@ def test_comparison_shows_the_worst_epsilon_and_missing_figures_as_dashes() -> N
 def test_choices_name_what_is_not_private() -> None:
     text = " ".join(shown(console.choices(compose(["privacy=off", "evaluation.truth=false"]))).split())
     assert "not private" in text
-    private = " ".join(shown(console.choices(compose(["evaluation.truth=false"]))).split())
+    private = " ".join(
+        shown(console.choices(compose(["evaluation.truth=false", "privacy.secure_rng=true"]))).split()
+    )
     assert "epsilon 8, delta 1e-06 per response and client" in private
     assert "not private" not in private

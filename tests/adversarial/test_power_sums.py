@@ -24,7 +24,7 @@ from appa_secure.rewards import score
 
 
 def sums(rewards, spec=None):
-    """The segments the coordinator sees for groups' rewards (G, B) in a first step (α = 1/G)."""
+    """The segments the coordinator sees for groups' rewards (G, B) in a first step (equal weights)."""
     spec = spec or AggregationSpec()
     groups, batch = rewards.shape
     total = sum(contribution(spec, row, None, None, groups)[0] for row in rewards)
@@ -48,7 +48,7 @@ def test_two_groups_are_an_open_book(a, b):
 def test_three_groups_are_solved_with_the_exponential_sum(steps):
     rewards = np.array(steps) / 50
     seen = sums(rewards[:, None])
-    mean, square, exponential = seen["S1"][0] / 3, seen["S2"][0] / 3, seen["E"][0]
+    mean, square, exponential = seen["S1"][0] / 3, seen["S2"][0] / 3, seen["E"][0] / seen["A"][0]
     radius = np.sqrt(max(square - mean * mean, 0) * 2)
     # S1 and S2 leave a circle; up to order it is an arc of 60 degrees, along which Σ exp(r) is monotone.
     on_circle = lambda angle: mean + radius * np.cos(angle + 2 * np.pi / 3 * np.arange(3))  # noqa: E731
@@ -81,7 +81,7 @@ def test_beyond_three_groups_one_rollout_has_many_explanations(groups, variant):
 
     def jacobian(r):
         scale = 1.0 if variant == "weighted" else 1.0 / groups
-        return np.stack([np.ones(groups), 2 * r, np.exp(r * scale) / groups])
+        return np.stack([np.ones(groups), 2 * r, np.exp(r * scale) * scale])
 
     target = seen(rewards)
     direction = np.linalg.svd(jacobian(rewards))[2][-1]

@@ -1,5 +1,7 @@
 """The privacy statement says what holds, for whom, and what does not."""
 
+from pathlib import Path
+
 from appa_secure.config import compose
 from appa_secure.privacy.statement import markdown, statement
 
@@ -35,5 +37,5 @@ def test_without_privacy_nothing_is_promised() -> None:
 
 
 def test_nominal_respondents_are_named_as_an_assumption() -> None:
-    config = compose(["experiment=smoke", "data.nominal_respondents=1000"])
+    config = compose(["experiment=globalopinionqa_8", f"data.path={Path(__file__).parent}"])
     assert "1000" in " ".join(statement(config, ROWS, 1.2, nominal=True)["not_covered"])
