@@ -43,14 +43,15 @@ from coordinator.gae import (
     value_loss,
     whiten,
 )
-from coordinator.ppo_config import PPOConfig, PromptSampler, make_config
+from coordinator.minibatches import PromptSampler, shuffled, trimmed
+from coordinator.ppo_config import PPOConfig, make_config
 from coordinator.ppo_metrics import rollout_metrics, rollout_sums
 from coordinator.sampling import base_of, rollout
 
 # TRL reads a property of the model by its former name, at every step.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
-__all__ = ["PPOConfig", "PPOTrainer", "PromptSampler", "latest_checkpoint", "make_config"]
+__all__ = ["PPOConfig", "PPOTrainer", "latest_checkpoint", "make_config"]
 
 
 class _EndOfUpdate(TrainerCallback):
@@ -180,12 +181,8 @@ class PPOTrainer(GRPOTrainer):
         if self._step % self._passes == 0 or not self._batch:
             self._batch = self._generate_and_score_completions(generation_batch)
         if self._step % self._parts == 0 or not self._minibatches:
-            rows = self._batch["prompt_ids"].size(0)
-            group = self._group(rows // self._parts)
-            # Whole prompts move, so that their completions share a pass.
-            order = torch.randperm(rows // group).unsqueeze(1) * group + torch.arange(group)
-            parts = order.flatten().to(self.accelerator.device).chunk(self._parts)
-            self._minibatches = [{name: x[part] for name, x in self._batch.items()} for part in parts]
+            group = self._group(self._batch["prompt_ids"].size(0) // self._parts)
+            self._minibatches = shuffled(self._batch, self._parts, group)
         return self._minibatches[self._step % self._parts]
 
     def _group(self, rows: int) -> int:
@@ -324,27 +321,24 @@ class PPOTrainer(GRPOTrainer):
     # ---- the update ----------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        # Drop the columns that are padding in every row.
-        first = int(inputs["prompt_mask"].any(dim=0).int().argmax())
-        length = max(1, int(inputs["completion_mask"].sum(dim=1).max()))
-        short = {name: x[:, :length] for name, x in inputs.items() if not name.startswith("prompt")}
-        ids = torch.cat([inputs["prompt_ids"][:, first:], short["completion_ids"]], dim=1)  # (B, P + T)
-        attention = torch.cat([inputs["prompt_mask"][:, first:], short["completion_mask"]], dim=1)
-        mask = short["mask"]  # (B, T)
+        x = trimmed(inputs)
+        ids = torch.cat([x["prompt_ids"], x["completion_ids"]], dim=1)  # (B, P + T)
+        attention = torch.cat([x["prompt_mask"], x["completion_mask"]], dim=1)  # (B, P + T)
+        mask = x["mask"]  # (B, T)
+        group = self._group(ids.size(0))
 
-        logps, entropies, hidden = self._score(model, ids, attention, length, self._group(ids.size(0)))
+        logps, entropies, hidden = self._score(model, ids, attention, mask.size(1), group)
         values = self.critic(hidden.detach() if self.args.critic_detach else hidden)  # (B, T)
         # PPO 2017 eq. 9: L = L_clip - c1 L_value + c2 entropy, as a loss
-        policy, clipped = policy_loss(logps, short["old_logps"], short["advantages"], mask, self.epsilon_low)
-        value, _ = value_loss(values, short["old_values"], short["returns"], mask, self.args.value_clip)
+        policy, clipped = policy_loss(logps, x["old_logps"], x["advantages"], mask, self.epsilon_low)
+        value, _ = value_loss(values, x["old_values"], x["returns"], mask, self.args.value_clip)
         entropy = masked_mean(entropies, mask)
         loss = policy + self.args.value_coef * value - self.args.entropy_coef * entropy
 
         measured = torch.stack([policy, value, entropy, clipped]).detach()
         measured = self.accelerator.reduce(measured, reduction="mean").tolist()
-        for name, number in zip(
-            ("policy_loss", "value_loss", "entropy", "clip_fraction"), measured, strict=True
-        ):
+        names = ("policy_loss", "value_loss", "entropy", "clip_fraction")
+        for name, number in zip(names, measured, strict=True):
             self._measured[name].append(number)
         return loss / self.current_gradient_accumulation_steps
 

@@ -1,13 +1,11 @@
-"""Settings of a PPO run, and the order in which it sees its prompts."""
+"""Settings of a PPO run."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
 from trl import GRPOConfig
 
 from appa_secure.errors import ConfigError
@@ -51,7 +49,7 @@ class PPOConfig(GRPOConfig):
     scale_rewards: str = "none"
     disable_dropout: bool = True
     activation_checkpointing: bool | None = False
-    bf16: bool | None = False
+    bf16: bool = False
     # Adam's first steps have full length whatever the gradient, and the last ones should average their noise.
     lr_scheduler_type: str = "linear"
     warmup_steps: float = 0.05
@@ -148,35 +146,3 @@ def make_config(
         "save_steps": max(1, ppo.checkpoint_every) * cycle,
     }
     return PPOConfig(**{**settings, **overrides})
-
-
-class PromptSampler(Sampler[int]):
-    """Dataset indices of a whole run, in the order TRL's batching expects.
-
-    Prompts come from one seeded permutation of the dataset after the other, without dropping a remainder. The
-    order depends on the seed and the position alone, so a resumed run sees the prompts an undisturbed one
-    would.
-    """
-
-    def __init__(
-        self, size: int, prompts: int, generations: int, repeats: int, steps: int, seed: int
-    ) -> None:
-        """``prompts`` per PPO step, each ``generations`` times in a row; the batch recurs for ``repeats``
-        updates."""
-        self.size, self.prompts, self.generations = size, prompts, generations
-        self.repeats, self.steps, self.seed = repeats, steps, seed
-
-    def _stream(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed)
-        while True:
-            yield from torch.randperm(self.size, generator=generator).tolist()
-
-    def __iter__(self) -> Iterator[int]:
-        stream = self._stream()
-        for _ in range(self.steps):
-            batch = [i for i in (next(stream) for _ in range(self.prompts)) for _ in range(self.generations)]
-            for _ in range(self.repeats):
-                yield from batch
-
-    def __len__(self) -> int:
-        return self.prompts * self.generations * self.repeats * self.steps

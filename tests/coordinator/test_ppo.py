@@ -8,8 +8,9 @@ import torch
 from datasets import Dataset
 
 from appa_secure.errors import ConfigError, RunError
+from coordinator.minibatches import PromptSampler
 from coordinator.policies import WEIGHTS, build_tiny, build_tokenizer
-from coordinator.ppo import PPOTrainer, PromptSampler, latest_checkpoint, make_config
+from coordinator.ppo import PPOTrainer, latest_checkpoint, make_config
 
 PROMPTS = ["which way | left | right =", "how much tea | none | some | all of it =", "why ="] * 2
 SIZES = {
@@ -176,16 +177,6 @@ def test_the_reward_function_is_asked_once_per_step_about_the_prompts_of_the_sam
     assert seen[0]["kl"] == pytest.approx(0.0, abs=1e-5)
     assert seen[2]["kl"] != 0.0
     assert {"entropy", "clip_fraction", "policy_loss", "value_loss", "length", "seconds"} <= seen[0].keys()
-
-
-def test_prompts_follow_seeded_permutations_without_a_remainder():
-    order = list(PromptSampler(size=5, prompts=3, generations=2, repeats=2, steps=5, seed=1))
-    assert len(order) == len(PromptSampler(5, 3, 2, 2, 5, 1)) == 3 * 2 * 2 * 5
-    batches = [order[i : i + 6] for i in range(0, len(order), 6)]
-    assert batches[::2] == batches[1::2]  # every batch recurs for its updates
-    drawn = [i for batch in batches[::2] for i in batch[::2]]
-    assert sorted(drawn[:5]) == sorted(drawn[5:10]) == sorted(drawn[10:15]) == list(range(5))
-    assert order != list(PromptSampler(5, 3, 2, 2, 5, 2))
 
 
 def test_a_bandit_with_a_known_optimum_is_solved(tmp_path, tokenizer):
