@@ -187,13 +187,14 @@ class Pipeline:
         step = metrics["step"]
         row = reward.rows[step]
         result = row["result"] or {}
+        spent = self._epsilon()
         self.run_dir.metrics.append(
             {
                 "stamp": self._trained, "step": step, "reward": metrics["reward"], "fi": result.get("fi"),
                 "branch": result.get("branch"),
                 "z": result.get("z_next"), "h_mean": result.get("h_mean"), "soft_min": result.get("soft_min"),
                 "alpha_sum": result.get("alpha_sum"), "kl": metrics["kl"], "entropy": metrics["entropy"],
-                "malformed": row["malformed"], "opened": row["opened"], "epsilon": self._epsilon(),
+                "malformed": row["malformed"], "opened": row["opened"], "epsilon": spent,
                 "seconds": metrics["seconds"], "seconds_reward": metrics.get("seconds_reward"),
             }
         )  # fmt: skip
@@ -203,7 +204,7 @@ class Pipeline:
             self.config.ppo.steps,
             reward=metrics["reward"],
             fi=result.get("fi"),
-            eps=self._epsilon(),
+            eps=spent,
         )
 
     def _measure(self, folder: str) -> dict[str, Any]:
@@ -240,8 +241,7 @@ class Pipeline:
         return completion_length(self.agreement.task, most, _TOKENS_PER_ITEM[self.config.policy.kind])
 
     def _epsilon(self) -> float | None:
-        rows = list(self.run_dir.ledger)
-        return max((float(row["epsilon"]) for row in rows), default=None)
+        return max((float(row["epsilon"]) for row in self.run_dir.ledger), default=None)
 
     # -- summary ---------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -215,11 +215,3 @@ class _Wire:
                 self.replies[client] = {k: v for k, v in reply.body.items() if k != "message"}
             out[client] = reply.body["message"]
         return out
-
-
-def contributors_of(groups: Mapping[str, str], contributors: Sequence[str]) -> dict[str, list[str]]:
-    """Contributors by group."""
-    out: dict[str, list[str]] = defaultdict(list)
-    for client in contributors:
-        out[groups[client]].append(client)
-    return dict(out)

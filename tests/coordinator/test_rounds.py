@@ -18,7 +18,7 @@ from appa_secure.records import verify
 from appa_secure.secagg.errors import BadEncoding
 from clients.client import Client
 from coordinator.predictor import initial_predictor
-from coordinator.rounds import NotOpened, Rounds, Summed, ask, contributors_of
+from coordinator.rounds import NotOpened, Rounds, Summed, ask
 from tests.clients.drive import score_body
 from tests.clients.world import World, make_world
 
@@ -311,9 +311,3 @@ def test_asking_everyone_names_who_refuses_is_silent_or_answers_beside_the_point
     stubbed(world, "g2", pack(REPLIES, "freeze"))
     with pytest.raises(BadEncoding, match=r"g2.*answered 'context' with 'freeze'"):
         ask(world, "context")
-
-
-def test_contributors_are_sorted_into_groups() -> None:
-    groups = {"a1": "a", "a2": "a", "b1": "b", "b2": "b"}
-    assert contributors_of(groups, ["a1", "b1", "b2"]) == {"a": ["a1"], "b": ["b1", "b2"]}
-    assert contributors_of(groups, []) == {}
