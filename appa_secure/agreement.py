@@ -180,9 +180,9 @@ def make_plan(config: Config, run: str, split: Split) -> TrainingPlan:
     def plan(noise: float) -> TrainingPlan:
         return TrainingPlan(
             run=run, seed=config.seed, train=split.train, context=split.context, rounds=t.rounds,
-            local_steps=t.local_steps, questions_per_step=min(t.questions_per_step, len(split.train)),
-            context_per_step=min(t.context_per_step, len(split.context)), lr=t.lr, private=p.enabled, unit=p.unit,
-            clip=p.clip, sample_rate=p.sample_rate, noise_multiplier=noise, answers_per_unit=p.answers_per_unit,
+            local_steps=t.local_steps, questions_per_step=min(t.questions_per_step, len(split.train)), lr=t.lr,
+            private=p.enabled, unit=p.unit, clip=p.clip, sample_rate=p.sample_rate, noise_multiplier=noise,
+            answers_per_unit=p.answers_per_unit,
         )  # fmt: skip
 
     draft = plan(0.0)

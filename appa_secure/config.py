@@ -117,7 +117,6 @@ class PredictorConfig(Section):
     rounds: Count = _about(100, "federated rounds")
     local_steps: Count = _about(1, "DP-SGD steps per client and round")
     questions_per_step: Count = _about(64, "training questions asked in one step; public, each once per pass")
-    context_per_step: Count = _about(4, "context questions shown to the predictor in one training step")
     lr: Positive = _about(0.1, "clients' learning rate (SGD); matters only with several local steps")
     server_lr: Positive = _about(3e-3, "coordinator's learning rate (Adam on the averaged update)")
 

@@ -10,7 +10,7 @@ secagg   one message of a key set-up or unmasking  the client's signed message
 train    predictor parameters, round request       masked update, ledger row
 freeze   final predictor                           -
 score    rollouts, round request (`paper`: and Z)  masked reward vector (in clear mode: coded, not masked)
-truth    -                                         true distributions; only where evaluation.truth is on at the client
+truth    -                                         true and predicted distributions; only where a site set evaluation.truth
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ REPLIES: dict[str, dict[str, str]] = {
     "train": {"message": "bytes", "ledger": "bytes"},
     "freeze": {},
     "score": {"message": "bytes"},
-    "truth": {"distributions": "bytes"},
+    "truth": {"distributions": "bytes", "predictions": "bytes"},
     "refusal": {"code": "text", "reason": "text"},
 }
 

@@ -271,7 +271,8 @@ class Client:
             raise RemoteMisbehaviour(COORDINATOR, "freeze: the predictor's answers are not finite numbers")
         self._state["predicted"] = {q: p.tobytes() for q, p in zip(asked, predicted, strict=True)}
         self._state["vector"] = {}
-        self._state["answered"].pop("train", None)
+        for kind in ("train", "truth"):  # their answers are out of date
+            self._state["answered"].pop(kind, None)
         self._scorer = None
         return pack(REPLIES, "freeze")
 
@@ -354,12 +355,15 @@ class Client:
     # -- measurement -----------------------------------------------------------------------------------------------
 
     def _truth(self, body: Mapping[str, Any]) -> bytes:
-        """True distributions, for measuring a simulation. A site in deployment has evaluation.truth=false: refused."""
+        """True and predicted distributions, for measuring a simulation; refused where evaluation.truth is off."""
         if not self.agreement.truth:
             raise Refusal(
                 "NotAllowed", "evaluation.truth is off at this site: true distributions never leave it"
             )
-        known = {
-            q: self._data.distribution(q).tolist() for q in self.agreement.questions if self._data.has(q)
-        }
-        return pack(REPLIES, "truth", distributions=json.dumps([known]).encode())
+        known = {q: self._data.distribution(q) for q in self.agreement.questions if self._data.has(q)}
+        predicted = {q: np.frombuffer(p) for q, p in self._state.get("predicted", {}).items()}
+        tables = {"distributions": known, "predictions": predicted}
+        return pack(
+            REPLIES, "truth",
+            **{n: json.dumps({q: p.tolist() for q, p in t.items()}).encode() for n, t in tables.items()},
+        )  # fmt: skip

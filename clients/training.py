@@ -108,7 +108,8 @@ class LocalTrainer:
         noise_key: bytes,
     ) -> None:
         """context: asked context question -> private distribution (K,); responses_per_question: its noisy mean."""
-        self.plan, self.embeddings, self.context = plan, embeddings, context
+        self.plan, self.embeddings = plan, embeddings
+        self.points = context_points([embeddings[q] for q in context], list(context.values()))
         self.noise_key = noise_key
         self.expected = max(responses_per_question, 1.0)
         self.counts = {q: np.rint(data.counts[q]).astype(np.int64) for q in plan.train if data.has(q)}
@@ -124,16 +125,12 @@ class LocalTrainer:
         unflatten(model, vector)
         start = flatten(model).astype(np.float64)
         label = f"{self.plan.run}/{round_index}/{hashlib.sha256(start.tobytes()).hexdigest()}"
-        for step, (questions, context) in enumerate(self.plan.steps(round_index)):
-            self._step(model, questions, context, f"{label}/{step}")
+        for step, questions in enumerate(self.plan.steps(round_index)):
+            self._step(model, questions, f"{label}/{step}")
         return (start - flatten(model).astype(np.float64)) / self.plan.lr
 
-    def _step(
-        self, model: PreferencePredictor, questions: Sequence[str], context: Sequence[str], label: str
-    ) -> None:
-        here = [q for q in questions if q in self.counts]
-        context = [q for q in context if q in self.context][: self.plan.context_per_step]
-        points = context_points([self.embeddings[q] for q in context], [self.context[q] for q in context])
+    def _step(self, model: PreferencePredictor, questions: Sequence[str], label: str) -> None:
+        here, points = [q for q in questions if q in self.counts], self.points
         if not self.plan.private:
             self._plain_step(model, here, points)
             return

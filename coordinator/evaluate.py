@@ -24,33 +24,37 @@ from appa_secure.tasks import parse, prompt
 Generate = Callable[[list[str], int], list[list[str]]]  # (prompts, samples) -> [prompt][sample] texts
 
 
+Tables = Mapping[str, Mapping[str, np.ndarray]]  # group -> question -> (K,) distribution
+
+
 @dataclass(frozen=True)
 class Truth:
-    """True distributions: group -> question -> (K,). A group's members are averaged with equal weight."""
+    """True distributions, and the private predictor's. A group's members are averaged with equal weight."""
 
-    groups: Mapping[str, Mapping[str, np.ndarray]]
+    groups: Tables
+    predicted: Tables
 
     @classmethod
     def gather(cls, agreement: Agreement, replies: Mapping[str, Message]) -> Truth:
         """From the clients' answers to a `truth` request. Raises BadEncoding naming a client that sent something else."""
-        members: dict[str, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
-        for client, reply in replies.items():
-            for qid, row in _distributions(client, reply).items():
-                if qid not in agreement.questions or len(row) != len(agreement.questions[qid].options):
-                    raise BadEncoding(
-                        client, f"truth: no such question or wrong number of options ({qid!r:.80})"
-                    )
-                members[agreement.groups[client]][qid].append(np.asarray(row, dtype=np.float64))
-        means = {g: {q: np.mean(rows, axis=0) for q, rows in by.items()} for g, by in sorted(members.items())}
-        return cls({g: {q: p / p.sum() for q, p in by.items()} for g, by in means.items()})
+        return cls(*(_by_group(agreement, replies, field) for field in ("distributions", "predictions")))
 
 
-def _distributions(client: str, reply: Message) -> Mapping[str, list[float]]:
-    try:
-        (known,) = json.loads(reply.body["distributions"])
-        return {str(q): [float(x) for x in row] for q, row in known.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise BadEncoding(client, f"truth.distributions: {error}") from None
+def _by_group(agreement: Agreement, replies: Mapping[str, Message], field: str) -> Tables:
+    members: dict[str, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+    for client, reply in replies.items():
+        try:
+            sent = {str(q): [float(x) for x in row] for q, row in json.loads(reply.body[field]).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise BadEncoding(client, f"truth.{field}: {error}") from None
+        for qid, row in sent.items():
+            if qid not in agreement.questions or len(row) != len(agreement.questions[qid].options):
+                raise BadEncoding(
+                    client, f"truth.{field}: no such question or wrong number of options ({qid!r:.80})"
+                )
+            members[agreement.groups[client]][qid].append(np.asarray(row, dtype=np.float64))
+    means = {g: {q: np.mean(rows, axis=0) for q, rows in by.items()} for g, by in sorted(members.items())}
+    return {g: {q: p / p.sum() for q, p in by.items()} for g, by in means.items()}
 
 
 class Evaluator:
@@ -104,6 +108,19 @@ class Evaluator:
         found["ci95"] = self._intervals(table)
         found["malformed"] = sum(a is None for a in answers) / len(answers)
         return found
+
+    def predictor(self, qids: Sequence[str]) -> dict[str, Any]:
+        """Agreement of the private predictions with the truth: `own`, each group's for itself, and `shared`, their mean
+        over groups for everybody. Where the two are alike, the predictor has not learnt how groups differ."""
+        predicted = self.truth.predicted
+        shared = {q: np.mean([by[q] for by in predicted.values() if q in by], axis=0) for q in qids}
+        answers = [shared[q] for q in qids]
+        own = {g: _mean(self.scores(qids, [by[q] for q in qids])[g]) for g, by in predicted.items()}
+        everybody = {g: _mean(row) for g, row in self.scores(qids, answers).items()}
+        return {
+            name: _summary({g: m for g, m in means.items() if m is not None})
+            for name, means in (("own", own), ("shared", everybody))
+        }
 
     def _intervals(self, table: np.ndarray) -> dict[str, list[float]]:
         rng = np.random.default_rng([self.seed, 0xB007])

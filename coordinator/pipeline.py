@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,10 @@ class Pipeline:
         ask(self.federation, "freeze", parameters=theta.astype("<f4").tobytes())
         np.save(self.run_dir.path("predictor") / "parameters.npy", theta)
         self._stamp_folder("predictor")
-        return {}
+        if not self.config.evaluation.truth:
+            return {}
+        evaluator = self._measuring()
+        return {"alignment": {n: evaluator.predictor(q) for n, q in self._measured()}}
 
     def _warmup(self) -> dict[str, Any]:
         c, task = self.config, self.agreement.task
@@ -219,11 +222,13 @@ class Pipeline:
             return sample(model, tokenizer, prompts, samples, c.ppo.temperature, self._new_tokens(), c.seed)
 
         return {
-            name: evaluator.policy(generate, qids, c.evaluation.samples)
-            for name, qids in (("train", self.train), ("heldout", self.heldout))
+            name: evaluator.policy(generate, qids, c.evaluation.samples) for name, qids in self._measured()
         }
 
     # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _measured(self) -> tuple[tuple[str, Sequence[str]], ...]:
+        return ("train", self.train), ("heldout", self.heldout)
 
     def _measuring(self) -> Evaluator:
         if self._evaluator is None:
@@ -252,10 +257,7 @@ class Pipeline:
         if c.evaluation.truth:
             names = ("train", "heldout")
             alignment = {s: {"before": stages["before"][s], "after": stages["after"][s]} for s in names}
-            ceilings = {
-                s: self._measuring().ceilings(q)
-                for s, q in zip(names, (self.train, self.heldout), strict=True)
-            }
+            ceilings = {s: self._measuring().ceilings(q) for s, q in self._measured()}
             closed = {s: _gap_closed(alignment[s], ceilings[s]) for s in names}
         rows = list(run.ledger)
         private = statement(c, rows, agreement.plan.noise_multiplier, self.nominal)
@@ -275,6 +277,7 @@ class Pipeline:
             "alignment": alignment,
             "ceiling": {"avg": None, "min": None} if ceilings is None else {**(ceilings["train"] or {}), **ceilings},
             "gap_closed": closed,
+            "predictor": stages["predictor"].get("alignment"),
             "privacy": {
                 "enabled": c.privacy.enabled, "unit": c.privacy.unit, "delta": c.privacy.delta,
                 "accountant": c.privacy.accountant, "epsilon": private["epsilon"], "budget": c.privacy.epsilon,

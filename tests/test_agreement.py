@@ -46,7 +46,7 @@ def test_every_agreed_field_changes_the_digest(agreement) -> None:
     changed = [replace(agreement, **{name: value}) for name, value in changes.items()]
     plans = {
         "run": "x", "seed": 2, "train": ("q4",), "context": ("q0",), "rounds": 9, "local_steps": 2,
-        "clip": 2.0, "questions_per_step": 2, "context_per_step": 1, "lr": 0.2, "private": False,
+        "clip": 2.0, "questions_per_step": 2, "lr": 0.2, "private": False,
         "unit": "record",
         "sample_rate": 0.1, "noise_multiplier": 1.0, "answers_per_unit": 7,
     }  # fmt: skip

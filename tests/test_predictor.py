@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from appa_secure.predictor import (
+    DIRECTION,
     PredictorShape,
     PreferencePredictor,
     context_points,
@@ -36,14 +37,18 @@ def context(count: int = 3, seed: int = 9) -> torch.Tensor:
     return context_points(embeddings, [rng.dirichlet(np.ones(len(e))) for e in embeddings])
 
 
-def test_context_points_are_embeddings_with_their_shares() -> None:
-    embeddings = questions(3)
-    shares = [np.full(len(e), 1 / len(e)) for e in embeddings]
+def test_a_context_point_is_the_question_and_the_direction_of_the_preference() -> None:
+    embeddings, rng = questions(3), np.random.default_rng(0)
+    shares = [rng.dirichlet(np.ones(len(e))) for e in embeddings]
     points = context_points(embeddings, shares)
-    assert points.shape == (sum(map(len, embeddings)), E + 1)
+    assert points.shape == (3, 2 * E)
     assert points.dtype == torch.float32
-    np.testing.assert_array_equal(points[:, :E].numpy(), np.concatenate(embeddings))
-    np.testing.assert_allclose(points[:, E].numpy(), np.concatenate(shares), rtol=1e-6)
+    for row, e, y in zip(points.numpy(), embeddings, shares, strict=True):
+        np.testing.assert_allclose(row[:E], sum(e) / len(e), rtol=1e-5)
+        direction = sum((share - 1 / len(e)) * x for share, x in zip(y, e, strict=True))
+        np.testing.assert_allclose(row[E:], DIRECTION * direction, rtol=1e-4, atol=1e-5)
+    even = context_points(embeddings, [np.full(len(e), 1 / len(e)) for e in embeddings])
+    np.testing.assert_allclose(even[:, E:].numpy(), 0.0, atol=1e-5)  # no preference, no direction
 
 
 def test_options_are_padded_and_the_padding_is_marked() -> None:
@@ -97,8 +102,8 @@ def test_the_context_is_used_also_its_shares(model) -> None:
     (question,) = questions(1)
     seen = context()
     other = seen.clone()
-    other[:, E] = other[:, E].flip(0)
-    assert np.abs(predict(model, seen, [question])[0] - predict(model, other, [question])[0]).max() > 1e-5
+    other[:, E:] *= -1
+    assert np.abs(predict(model, seen, [question])[0] - predict(model, other, [question])[0]).max() > 1e-3
 
 
 def test_log_likelihood_is_a_masked_log_softmax() -> None:
@@ -156,3 +161,9 @@ def test_it_learns_a_preference_from_its_context() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert np.mean(losses[-8:]) < np.mean(losses[:8]) - 0.1
+    contexts = [context_points(known, [shares(g, q) for q in known]) for g in range(4)]
+    predicted = [np.stack(predict(model, seen, asked)) for seen in contexts]  # (4, 12, 2)
+    true = [np.stack([shares(g, q) for q in asked]) for g in range(4)]
+    for g in range(4):
+        own = np.abs(predicted[g] - true[g]).mean()
+        assert own < 0.7 * np.abs(np.mean(predicted, axis=0) - true[g]).mean()

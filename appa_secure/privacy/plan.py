@@ -30,7 +30,6 @@ class TrainingPlan:
     rounds: int
     local_steps: int
     questions_per_step: int
-    context_per_step: int
     lr: float
     private: bool
     unit: str
@@ -44,18 +43,13 @@ class TrainingPlan:
         """Steps in which every training question occurs exactly once."""
         return math.ceil(len(self.train) / self.questions_per_step)
 
-    def steps(self, round_index: int) -> list[tuple[list[str], list[str]]]:
-        """(training questions, context questions in order of preference) of each local step of a round (0-based).
-
-        A client shows the predictor the first `context_per_step` of the context questions that its group was asked.
-        """
+    def steps(self, round_index: int) -> list[list[str]]:
+        """The training questions of each local step of a round (0-based)."""
         out = []
         for step in range(round_index * self.local_steps, (round_index + 1) * self.local_steps):
             turn, part = divmod(step, self.steps_per_pass)
             order = np.random.default_rng([self.seed, 0xBA7C4, turn]).permutation(len(self.train))
-            chosen = np.array_split(order, self.steps_per_pass)[part]
-            shown = np.random.default_rng([self.seed, 0xC0C7, step]).permutation(len(self.context))
-            out.append(([self.train[i] for i in chosen], [self.context[i] for i in shown]))
+            out.append([self.train[i] for i in np.array_split(order, self.steps_per_pass)[part]])
         return out
 
     def participations(self, rounds: int) -> int:

@@ -102,7 +102,7 @@ def test_private_step_against_plain_step(unit: str) -> None:
     def trainer(private: bool) -> LocalTrainer:
         plan = TrainingPlan(
             run="bench", seed=1, train=tuple(qids[20:]), context=tuple(qids[:20]), rounds=1, local_steps=1,
-            questions_per_step=64, context_per_step=4, lr=0.1, private=private, unit=unit, clip=1.0, sample_rate=0.5,
+            questions_per_step=64, lr=0.1, private=private, unit=unit, clip=1.0, sample_rate=0.5,
             noise_multiplier=1.0, answers_per_unit=1,
         )  # fmt: skip
         shares = {q: np.full(4, 0.25) for q in qids[:20]}

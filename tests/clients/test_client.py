@@ -96,8 +96,15 @@ def test_truth_stays_home_unless_the_site_itself_allows_it(world: World, tmp_pat
     open_world = make_world(tmp_path / "open", truth=True)
     assert open_world.agreement.digest() == world.agreement.digest()  # a coordinator cannot ask for it
     open_world.set_up()
-    (known,) = json.loads(open_world.ask(ME, "truth").body["distributions"])
-    np.testing.assert_allclose(known["q1"], open_world.groups[ME].distribution("q1"))
+    reply = open_world.ask(ME, "truth").body
+    np.testing.assert_allclose(
+        json.loads(reply["distributions"])["q1"], open_world.groups[ME].distribution("q1")
+    )
+    assert json.loads(reply["predictions"]) == {}  # no predictor yet
+    open_world.ask(ME, "freeze", parameters=parameters(open_world))
+    predicted = json.loads(open_world.ask(ME, "truth").body["predictions"])
+    assert set(predicted) == set(open_world.agreement.questions)
+    assert sum(predicted["q1"]) == pytest.approx(1.0)
 
 
 def test_the_private_context_is_paid_for_once_and_never_sent(world: World, tmp_path: Path) -> None:

@@ -304,11 +304,11 @@ def run(local: LocalTrainer, net: PreferencePredictor, round_index: int = 0) -> 
 def test_the_pseudo_gradient_is_the_clipped_sum_plus_noise_times_the_public_scale() -> None:
     data, net = make_group("g", QUESTIONS), model()
     local = trainer(data, noise_multiplier=1.5, clip=0.4, lr=0.5)
-    (questions, context), *_ = local.plan.steps(0)
+    questions, *_ = local.plan.steps(0)
     start = flatten(net).astype(np.float64)
     label = f"{local.plan.run}/0/{hashlib.sha256(start.tobytes()).hexdigest()}/0"
     examples = local._sample(questions, sampler(KEY, f"sample/{label}"))
-    clean = summed(net, questions, points(context[:2]), examples, 0.4)
+    clean = summed(net, questions, points(QIDS[:3]), examples, 0.4)
     noise = gaussian(KEY, f"dp-sgd/{label}", P, 1.5 * 0.4)
     scale = 1.0 / local.plan.expected_batch(20.0, len(questions))
     np.testing.assert_allclose(run(local, net), (clean + noise) * scale, atol=1e-4)
@@ -329,8 +329,8 @@ def test_an_empty_draw_still_releases_noise_of_the_stated_size(unit: str) -> Non
         empty_like(make_group("g", QUESTIONS)), unit=unit, noise_multiplier=1.5, clip=0.4, rounds=12
     )
     net = model(0.0)  # zero parameters: no rounding hides the noise
-    scale = 1.0 / max(1.0, local.plan.expected_batch(20.0, len(local.plan.steps(0)[0][0])))
-    draws = np.concatenate([run(local, net, r) for r in range(12) if len(local.plan.steps(r)[0][0]) == 4])
+    scale = 1.0 / max(1.0, local.plan.expected_batch(20.0, len(local.plan.steps(0)[0])))
+    draws = np.concatenate([run(local, net, r) for r in range(12) if len(local.plan.steps(r)[0]) == 4])
     assert stats.kstest(draws / (1.5 * 0.4 * scale), "norm").pvalue > 1e-4
 
 
@@ -354,7 +354,7 @@ def test_the_scale_knows_the_private_estimate_only() -> None:
         local = trainer(data, sample_rate=1e-9, clip=0.4, noise_multiplier=1.0)  # nobody is ever drawn
         net = model(0.0)
         noise = run(local, net)
-        expected = local.plan.expected_batch(20.0, len(local.plan.steps(0)[0][0]))
+        expected = local.plan.expected_batch(20.0, len(local.plan.steps(0)[0]))
         assert noise.std() == pytest.approx(0.4 / max(1.0, expected), rel=0.1)
     np.testing.assert_array_equal(*(run(trainer(d, sample_rate=1e-9), model(0.0)) for d in (small, large)))
 
@@ -370,10 +370,8 @@ def test_questions_the_group_was_not_asked_are_left_out() -> None:
 def test_without_privacy_a_round_is_plain_gradient_descent_on_true_shares() -> None:
     data, net = make_group("g", QUESTIONS), model()
     local = trainer(data, private=False, noise_multiplier=0.0, lr=0.01)
-    (questions, context), *_ = local.plan.steps(0)
-    expected = np.mean(
-        [gradient(net, q, data.distribution(q), points(context[:2])) for q in questions], axis=0
-    )
+    questions, *_ = local.plan.steps(0)
+    expected = np.mean([gradient(net, q, data.distribution(q), points(QIDS[:3])) for q in questions], axis=0)
     np.testing.assert_allclose(run(local, net), expected, atol=1e-3)
 
 
@@ -382,10 +380,10 @@ def test_several_local_steps_move_on_from_each_other() -> None:
     local = trainer(data, private=False, noise_multiplier=0.0, local_steps=3, lr=0.05)
     theta = flatten(net).astype(np.float64)
     start = theta.copy()
-    for questions, context in local.plan.steps(0):
+    for questions in local.plan.steps(0):
         walker = model()
         unflatten(walker, theta)
         theta = theta - 0.05 * np.mean(
-            [gradient(walker, q, data.distribution(q), points(context[:2])) for q in questions], axis=0
+            [gradient(walker, q, data.distribution(q), points(QIDS[:3])) for q in questions], axis=0
         )
     np.testing.assert_allclose(run(local, net), (start - theta) / 0.05, atol=1e-3)

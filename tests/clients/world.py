@@ -60,7 +60,7 @@ def make_group(
 def make_plan(train: Sequence[str], context: Sequence[str], **changes: Any) -> TrainingPlan:
     plan = TrainingPlan(
         run="test-run", seed=1, train=tuple(train), context=tuple(context), rounds=3, local_steps=1,
-        questions_per_step=4, context_per_step=2, lr=0.1, private=True, unit="response", clip=0.7,
+        questions_per_step=4, lr=0.1, private=True, unit="response", clip=0.7,
         sample_rate=0.4, noise_multiplier=2.0, answers_per_unit=1,
     )  # fmt: skip
     return replace(plan, **changes)

@@ -12,7 +12,7 @@ from tests.clients.world import make_plan
 plans = st.builds(
     lambda questions, context, per_step, steps, unit, seed: make_plan(
         [f"t{i}" for i in range(questions)], [f"c{i}" for i in range(context)], rounds=6, local_steps=steps,
-        questions_per_step=min(per_step, questions), context_per_step=2, unit=unit, seed=seed,
+        questions_per_step=min(per_step, questions), unit=unit, seed=seed,
     ),
     st.integers(1, 25), st.integers(1, 6), st.integers(1, 12), st.integers(1, 4),
     st.sampled_from(["response", "record", "respondent"]), st.integers(0, 5),
@@ -25,11 +25,10 @@ def test_every_question_occurs_once_per_pass(plan) -> None:
     asked = [step for r in range(plan.rounds) for step in plan.steps(r)]
     assert len(asked) == plan.rounds * plan.local_steps
     for start in range(0, len(asked) - plan.steps_per_pass + 1, plan.steps_per_pass):
-        seen = Counter(q for questions, _ in asked[start : start + plan.steps_per_pass] for q in questions)
+        seen = Counter(q for questions in asked[start : start + plan.steps_per_pass] for q in questions)
         assert seen == Counter(plan.train)
-    for questions, context in asked:
+    for questions in asked:
         assert 1 <= len(questions) <= plan.questions_per_step
-        assert sorted(context) == sorted(plan.context)  # in an order of preference
 
 
 @settings(max_examples=150, deadline=None)
@@ -39,7 +38,7 @@ def test_participations_are_the_most_any_question_is_asked(plan) -> None:
     steps = 0
     assert plan.participations(0) == 0
     for done in range(1, plan.rounds + 1):
-        for questions, _ in plan.steps(done - 1):
+        for questions in plan.steps(done - 1):
             seen.update(questions)
             steps += 1
         # A person may have answered everything, and so be drawn in every step.
@@ -63,7 +62,7 @@ def test_the_schedule_changes_with_the_seed_and_the_pass_and_nothing_else() -> N
     assert plan.steps(0) != make_plan(
         train, ["c0", "c1", "c2"], questions_per_step=6, rounds=8, seed=2
     ).steps(0)
-    assert plan.steps(0)[0][0] != plan.steps(2)[0][0]  # another pass, another order
+    assert plan.steps(0)[0] != plan.steps(2)[0]  # another pass, another order
 
 
 @pytest.mark.parametrize(
