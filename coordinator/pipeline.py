@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers.utils import logging as transformers_logging
 
 from appa_secure.agreement import Agreement
 from appa_secure.config import Config
@@ -60,6 +61,9 @@ class Pipeline:
 
     def run(self) -> dict[str, Any]:
         """All stages; returns the summary that was written."""
+        # One line per step says enough: no bars and notices about every checkpoint between them.
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
         self._stage("setup", self._setup)
         self._stage("context", self._context)
         self._stage("predictor", self._predictor)

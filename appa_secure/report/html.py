@@ -1,14 +1,14 @@
 """The HTML pages."""
 
 import base64
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markdown_it import MarkdownIt
+from markupsafe import Markup
 
 from appa_secure import __version__
 from appa_secure.records import REPORT, atomic_write
@@ -91,45 +91,16 @@ def figure(svg: str | None, alt: str) -> Markup | None:
     return Markup('<img alt="{}" src="data:image/svg+xml;base64,{}">').format(alt, data)
 
 
-def simple_markdown(text: str) -> Markup:
-    """The Markdown of privacy statements: headings, paragraphs, lists, tables, **bold** and `code`."""
-    blocks: list[Markup] = []
-    for block in re.split(r"\n\s*\n", text.strip()):
-        lines = block.splitlines()
-        while lines and (heading := re.fullmatch(r"#+\s+(.*)", lines[0])):
-            blocks.append(Markup("<h3>{}</h3>").format(_inline(heading[1])))
-            lines = lines[1:]
-        if not lines:
-            continue
-        if all(line.lstrip().startswith("|") for line in lines):
-            blocks.append(_table(lines))
-        elif lines[0].lstrip().startswith(("- ", "* ")):
-            items = re.split(r"^\s*[-*] ", "\n".join(lines), flags=re.MULTILINE)[1:]
-            inner = Markup("").join(Markup("<li>{}</li>").format(_inline(item)) for item in items)
-            blocks.append(Markup("<ul>{}</ul>").format(inner))
-        else:
-            blocks.append(Markup("<p>{}</p>").format(_inline(" ".join(lines))))
-    return Markup("\n").join(blocks)
-
-
-def _inline(text: str) -> Markup:
-    safe = str(escape(" ".join(text.split())))
-    safe = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", safe)
-    return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", safe))
-
-
-def _table(lines: Sequence[str]) -> Markup:
-    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
-    rows = [row for row in rows if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]
-    parts = []
-    for index, row in enumerate(rows):
-        tag = Markup("th" if index == 0 else "td")
-        parts.append(
-            Markup("<tr>{}</tr>").format(
-                Markup("").join(Markup("<{0}>{1}</{0}>").format(tag, _inline(cell)) for cell in row)
-            )
-        )
-    return Markup('<div class="scroll"><table>{}</table></div>').format(Markup("").join(parts))
+def statement_html(text: str) -> Markup:
+    """A privacy statement, written in Markdown, as HTML; tags in it are shown, not obeyed. Headings become h3."""
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = parser.parse(text)
+    for token in tokens:
+        if token.type in ("heading_open", "heading_close"):
+            token.tag = "h3"
+    page = parser.renderer.render(tokens, parser.options, {})
+    page = page.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    return Markup(page)
 
 
 # --- what the page shows ------------------------------------------------------------------------------------
@@ -151,8 +122,9 @@ def _context(run: Run) -> dict[str, Any]:
         "secagg_facts": _secagg_facts(run),
         "seconds": _seconds(run),
         "privacy": words.privacy(run),
-        "statement": simple_markdown(run.statement) if run.statement else None,
+        "statement": statement_html(run.statement) if run.statement else None,
         "aggregation": words.aggregation(run),
+        "predictor": words.predictor(run),
         "measure": words.measure(run),
         "audit": _audit(run),
         "packages": run.environment or "\n".join(f"{name} {version}" for name, version in packages.items()),

@@ -255,6 +255,17 @@ def aggregation(run: Run) -> str:
     return f"{name}: {rule}" if rule else name
 
 
+def predictor(run: Run) -> str | None:
+    """How far the predictions that rewards come from agree with the groups' true answers; None if not measured."""
+    parts = []
+    for split, name in (("train", "training"), ("heldout", "held-out")):
+        own, shared = (lookup(run.summary, f"predictor.{split}.{which}.avg") for which in ("own", "shared"))
+        if own is None or shared is None:
+            return None
+        parts.append(f"{number(own)} on {name} questions ({number(shared)} if one answer served all groups)")
+    return f"Private predictions agree with the groups' true answers to {' and '.join(parts)}."
+
+
 def secagg(run: Run) -> str:
     """Who could see what the clients sent."""
     return {

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,8 +13,9 @@ import pytest
 
 from appa_secure.errors import RunError
 from appa_secure.report import compare, plots, render
-from appa_secure.report.html import simple_markdown
+from appa_secure.report.html import statement_html
 from appa_secure.report.run import load_run
+from appa_secure.report.words import predictor
 
 MakeRun = Callable[..., Path]
 EVIL = "<script>alert(1)</script>"
@@ -262,11 +264,23 @@ def test_compare_writes_a_table_and_plots(tmp_path: Path, make_run: MakeRun) -> 
 def test_the_statements_markdown_becomes_html() -> None:
     text = (
         "# Title\nFirst **bold**\nline with `code`.\n\n- one\n  goes on\n- two\n\n"
-        "| a | b |\n|---|---:|\n| 1 | <2 |\n"
+        "| a | b |\n|---|---|\n| 1 | <2 |\n"
     )
-    assert str(simple_markdown(text)).replace("\n", "") == (
-        "<h3>Title</h3><p>First <strong>bold</strong> line with <code>code</code>.</p>"
-        "<ul><li>one goes on</li><li>two</li></ul>"
-        '<div class="scroll"><table><tr><th>a</th><th>b</th></tr>'
-        "<tr><td>1</td><td>&lt;2</td></tr></table></div>"
+    assert str(statement_html(text)).replace("\n", "") == (
+        "<h3>Title</h3><p>First <strong>bold</strong>line with <code>code</code>.</p>"
+        "<ul><li>onegoes on</li><li>two</li></ul>"
+        '<div class="scroll"><table><thead><tr><th>a</th><th>b</th></tr></thead>'
+        "<tbody><tr><td>1</td><td>&lt;2</td></tr></tbody></table></div>"
     )
+    assert "<script" not in statement_html("x <script>alert(1)</script>\n\n<script>alert(1)</script>")
+
+
+def test_the_predictors_agreement_is_told_where_it_was_measured(tmp_path: Path, make_run: MakeRun) -> None:
+    run = load_run(make_run(tmp_path / "run", steps=2))
+    assert predictor(run) is None
+    parts = {w: {"avg": x} for w, x in (("own", 0.951), ("shared", 0.9))}
+    sentence = predictor(
+        replace(run, summary={**run.summary, "predictor": {"train": parts, "heldout": parts}})
+    )
+    assert sentence is not None
+    assert ".951 on training questions (.900 if one" in sentence.replace("0.", ".")

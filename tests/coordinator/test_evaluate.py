@@ -1,0 +1,97 @@
+"""Measuring against true distributions: scores by hand, malformed answers, strangers' rows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from appa_secure.messages import Message
+from appa_secure.secagg.errors import BadEncoding
+from coordinator.evaluate import Evaluator, Truth
+from tests.clients.world import World, make_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"), groups=3, questions=6)
+
+
+def replies(world: World, predicted: Any = None) -> dict[str, Message]:
+    """True distributions of every group; g2 was not asked q1."""
+    out = {}
+    for client in world.clients:
+        known = {q: world.groups[client].distribution(q).tolist() for q in world.agreement.questions}
+        if client == "g2":
+            del known["q1"]
+        body = {
+            "distributions": json.dumps(known).encode(),
+            "predictions": json.dumps(known if predicted is None else predicted).encode(),
+        }
+        out[client] = Message("truth", body)
+    return out
+
+
+def evaluator(world: World, found: dict[str, Message]) -> Evaluator:
+    return Evaluator(world.agreement, Truth.gather(world.agreement, found), "short", 50, 1)
+
+
+def test_scores_are_rewards_against_each_groups_own_truth(world: World) -> None:
+    qids = ["q0", "q1", "q0"]
+    answers = [np.full(len(world.agreement.questions[q].options), 1.0) for q in qids]
+    answers = [a / a.sum() for a in answers]
+    table = evaluator(world, replies(world)).scores(qids, [*answers[:2], None])
+    for group, row in table.items():
+        for i, q in enumerate(qids[:2]):
+            if (group, q) == ("g2", "q1"):
+                assert np.isnan(row[i])  # no answers of that group, no score
+                continue
+            question = world.agreement.questions[q]
+            position = np.asarray(question.ordinals)
+            moved = np.abs(np.cumsum(answers[i] - world.groups[group].distribution(q)))[:-1] @ np.diff(
+                position
+            )
+            assert row[i] == pytest.approx(1 - moved / np.ptp(position))
+        assert row[2] == 0.0  # malformed
+
+
+def test_a_step_is_summarised_over_groups(world: World) -> None:
+    answer = np.array([1.0] + [0.0] * (len(world.agreement.questions["q0"].options) - 1))
+    judge = evaluator(world, replies(world))
+    found = judge.step(["q0"], [answer])
+    values = [float(row[0]) for row in judge.scores(["q0"], [answer]).values()]
+    assert list(found["per_group"].values()) == values
+    assert found["avg"] == pytest.approx(np.mean(values))
+    assert found["min"] == min(values)
+    assert found["fairness_index"] == pytest.approx(sum(values) ** 2 / (3 * sum(v * v for v in values)))
+
+
+def test_predictions_are_measured_for_their_group_and_as_one_for_all(world: World) -> None:
+    qids = ["q0", "q2"]
+    exact = evaluator(world, replies(world)).predictor(qids)
+    assert exact["own"]["avg"] == pytest.approx(1.0)
+    assert exact["shared"]["avg"] < 0.999  # groups differ, so no shared answer is right for all
+    one = {q: [1.0] + [0.0] * (len(v.options) - 1) for q, v in world.agreement.questions.items()}
+    alike = evaluator(world, replies(world, predicted=one)).predictor(qids)
+    assert alike["own"]["per_group"] == pytest.approx(alike["shared"]["per_group"])
+
+
+def test_policies_are_measured_over_all_their_samples(world: World) -> None:
+    judge = evaluator(world, replies(world))
+    found = judge.policy(lambda prompts, n: [["no answer"] * n for _ in prompts], ["q0", "q2"], 3)
+    assert found["malformed"] == 1.0
+    assert found["avg"] == found["min"] == 0.0
+    assert found["ci95"] == {"avg": [0.0, 0.0], "min": [0.0, 0.0]}
+
+
+@pytest.mark.parametrize("field", ["distributions", "predictions"])
+@pytest.mark.parametrize(
+    "sent", [b"no json", b"[]", b'{"q0": 3}', b'{"q0": [1.0]}', b'{"strange": [0.5, 0.5]}']
+)
+def test_other_rows_are_refused_with_their_sender(world: World, field: str, sent: bytes) -> None:
+    found = replies(world)
+    found["g1"] = Message("truth", {**found["g1"].body, field: sent})
+    with pytest.raises(BadEncoding, match=rf"^g1: truth\.{field}"):
+        Truth.gather(world.agreement, found)
