@@ -45,10 +45,14 @@ _HF_TOKENS = 512
 class EmbedderConfig(Protocol):
     """The ``embedder`` section of the configuration."""
 
-    kind: str
-    path: str | None
-    batch_size: int
-    cache_dir: str | None
+    @property
+    def kind(self) -> str: ...
+    @property
+    def path(self) -> str | None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def cache_dir(self) -> str | None: ...
 
 
 @dataclass(frozen=True)

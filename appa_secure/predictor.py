@@ -32,7 +32,7 @@ DIRECTION = 30.0
 
 @dataclass(frozen=True)
 class PredictorShape:
-    """Sizes of the network; the defaults are the published ones (APPA.md section 3)."""
+    """Sizes of the network; the defaults are the published ones (PluralLLM, arXiv 2503.09925)."""
 
     embedding: int
     dim: int = 128

@@ -2,7 +2,7 @@
 
 The predictor is in-context: it reads a group's preferences at every reward query. Computing these points once with the
 Gaussian mechanism makes every later use of them post-processing. They still never leave the client, because whoever
-holds a group's context can compute that group's rewards (PRIVACY.md section 3.1).
+holds a group's context can compute that group's rewards.
 """
 
 from __future__ import annotations

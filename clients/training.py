@@ -1,9 +1,9 @@
 """Local DP-SGD on one client: private context, unit sampling, per-unit clipping, noise.
 
-The construction is PRIVACY.md section 3. The loss of a record depends on that record and on the *private* context
-only, so per-unit gradients are per unit and Opacus's clipping and accounting apply as they are. Answers of one group to
-one question with one option have one gradient: it is computed once, clipped, and multiplied by how many of them the
-Poisson draw took (a Binomial per cell), which leaves the sensitivity of one response at the clipping norm.
+The loss of a record depends on that record and on the *private* context only, so per-unit gradients are per unit and
+Opacus's clipping and accounting apply as they are. Answers of one group to one question with one option have one
+gradient: it is computed once, clipped, and multiplied by how many of them the Poisson draw took (a Binomial per cell),
+which leaves the sensitivity of one response at the clipping norm.
 """
 
 from __future__ import annotations

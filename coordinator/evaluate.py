@@ -1,7 +1,7 @@
 """Measuring a policy against true group distributions. Not private; possible only where clients hand truth out.
 
-AS_g is the mean reward of group g's true distribution over questions and sampled answers (APPA.md section 3). Every
-sampled completion counts: one that is not an answer scores 0, whatever the format penalty was in training.
+AS_g is the mean reward of group g's true distribution over questions and sampled answers (APPA, arXiv 2604.04261).
+Every sampled completion counts: one that is not an answer scores 0, whatever the format penalty was in training.
 """
 
 from __future__ import annotations

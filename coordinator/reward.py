@@ -4,8 +4,8 @@
     SomeTRLTrainer(reward_funcs=reward, ...)       # dataset columns: prompt, qid
 
 One call is one alignment step: the rollouts go to the clients, each scores them against its group's private predicted
-preferences, and the coordinator turns the sums it receives into rewards (APPA.md section 2). Completions that are not
-an answer get the format penalty and are never sent; None marks rollouts that no quorum could score.
+preferences, and the coordinator turns the sums it receives into rewards (`appa_secure.aggregation`). Completions that
+are not an answer get the format penalty and are never sent; None marks rollouts that no quorum could score.
 
 The call is idempotent. What a step opened is journalled under the step's number and the digest of its rollouts, so a
 trainer resumed from a checkpoint gets the same rewards without asking anyone again.

@@ -1,4 +1,4 @@
-"""The clear form against slow loops over the formulas of APPA.md section 1."""
+"""The clear form against slow loops over the formulas of APPA (arXiv 2604.04261)."""
 
 import math
 
