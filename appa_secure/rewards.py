@@ -181,18 +181,6 @@ class Scorer:
         return rewards
 
 
-def plural_alignment(answers: ArrayLike, targets: ArrayLike) -> Floats:
-    """PluralLLM's alignment score, 1 - sqrt(JSD in nats), arXiv 2503.09925: (B, K), (B, K) -> (B,)."""
-    answers, targets = np.asarray(answers, dtype=np.float64), np.asarray(targets, dtype=np.float64)
-    if answers.ndim != 2 or answers.shape != targets.shape:
-        raise ValueError(f"answers {answers.shape} and targets {targets.shape} must both be (B, K)")
-    real = np.ones(answers.shape, dtype=bool)
-    _check_distributions("answers", answers, real)
-    _check_distributions("targets", targets, real)
-    alignment: Floats = 1.0 - np.sqrt(_divergence_bits(answers, targets) * np.log(2.0))
-    return alignment
-
-
 def fairness_index(per_group: ArrayLike, fi: str = "cov2") -> float:
     """Fairness index of the groups' alignment scores, in (0, 1]; 1 = all equal.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,9 @@ from appa_secure.predictor import (
 )
 from appa_secure.privacy.noise import gaussian, sampler
 from appa_secure.privacy.plan import TrainingPlan
+
+# The inputs, embeddings and private context, need no gradients: Opacus's hooks work on layers all the same.
+warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
 
 _CHUNK = 64  # examples per backward pass: per-example gradients stay near the caches, memory bounded
 

@@ -106,6 +106,7 @@ class Pipeline:
         theta = train_predictor(
             self.agreement, self.rounds, self.run_dir, self.config.seed, self.config.predictor.server_lr, done
         )
+        self.rounds.close()
         ask(self.federation, "freeze", parameters=theta.astype("<f4").tobytes())
         np.save(self.run_dir.path("predictor") / "parameters.npy", theta)
         self._stamp_folder("predictor")
@@ -166,6 +167,7 @@ class Pipeline:
             trainer.train(resume_from_checkpoint=newest)
         finally:
             journal.close()
+        self.rounds.close()
         trainer.save_policy(run.path("policy"))
         self._stamp_folder("policy")
         return {}

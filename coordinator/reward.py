@@ -154,13 +154,12 @@ class FederatedReward:
 
     def _before(self, step: int) -> _Alignment:
         """The state that the steps before `step` left; malformed or discarded steps leave it as it was."""
-        state = _Alignment()
-        for number in sorted(self.rows):
-            row = self.rows[number]
-            if number < step and row["opened"]:
+        for number in range(step - 1, 0, -1):
+            row = self.rows.get(number)
+            if row is not None and row["opened"]:
                 histories = None if row["histories"] is None else tuple(row["histories"])
-                state = _Alignment(number, row["result"]["z_next"], histories)
-        return state
+                return _Alignment(number, row["result"]["z_next"], histories)
+        return _Alignment()
 
     def _blind(self, payload: Mapping[str, Any]) -> tuple[StepResult, None, None] | NotOpened:
         a, batch = self.agreement, len(payload["questions"])

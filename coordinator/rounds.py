@@ -110,6 +110,12 @@ class Rounds:
         )  # fmt: skip
         return Summed(outcome.sum, outcome.contributors, outcome.dropped, wire.replies)
 
+    def close(self) -> None:
+        """End all epochs: clients destroy the secrets of rounds that will not be needed."""
+        for session, machine in self._machines.items():
+            _Wire(self.federation, session, "", {}).exchange(machine.close_epoch())
+        self._machines.clear()
+
     def _ready(self, session: str, layout: Layout) -> CoordinatorMachine | NotOpened:
         """The session's machine with a round left; sets a new epoch up where there is none."""
         machine = self._machines.get(session)

@@ -16,7 +16,6 @@ from appa_secure.rewards import (
     KL_SMOOTHING,
     Scorer,
     fairness_index,
-    plural_alignment,
     score,
     task_of,
 )
@@ -108,12 +107,6 @@ def test_a_perfect_answer_earns_one(case):
         reward = score(kind, target[None], target[None], ordinals[None])
         flat = kind == "kendall" and len(set(target)) == 1
         assert reward == pytest.approx(0.5 if flat else 1)
-
-
-@given(st.integers(0, 2**32), st.integers(2, 8))
-def test_plural_alignment_is_one_minus_the_distance_in_nats(seed, count):
-    p, q = np.random.default_rng(seed).dirichlet(np.ones(count), size=2)
-    assert plural_alignment(p[None], q[None])[0] == pytest.approx(1 - jensenshannon(p, q), abs=1e-9)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9))

@@ -10,12 +10,10 @@ Pure functions on numpy arrays: no state, no randomness, no input or output.
 
 from appa_secure.aggregation.blind import combine, contribution, segments
 from appa_secure.aggregation.clear import combine_clear
-from appa_secure.aggregation.history import GroupHistory
 from appa_secure.aggregation.spec import AggregationSpec, StepResult
 
 __all__ = [
     "AggregationSpec",
-    "GroupHistory",
     "StepResult",
     "combine",
     "combine_clear",

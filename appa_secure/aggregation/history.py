@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-
-
-@dataclass
-class GroupHistory:
-    """The history h of one group, in [0, 1]; None before its first step. A missed step leaves it as it is."""
-
-    h: float | None = None
-
-    def update(self, r_mean: float, decay: float) -> float:
-        """Move h after a completed step (APPA §1): h ← λ·h + (1-λ)·mean reward. Returns the new h."""
-        self.h = next_history(self.h, r_mean, decay)
-        return self.h
 
 
 def next_history(h: float | None, r_mean: float, decay: float) -> float:
-    """The history after a step; the first step's mean reward is the first history.
+    """The history after a step (APPA, arXiv 2604.04261): λ·h + (1-λ)·mean reward; at first the mean reward itself.
 
     Args:
         h: history so far in [0, 1], or None.

@@ -29,8 +29,6 @@ from tests.adversarial.canaries import Canaries
 GROUPS = ("North", "South", "East", "West", "Centre")
 PRIVATE = {"count", "true distribution", "context", "prediction", "reward", "update", "key"}
 
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-
 
 class FakeEmbedder:
     """Unit vectors by the text's hash."""

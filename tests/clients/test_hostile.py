@@ -28,8 +28,6 @@ from tests.clients.drive import (
 )
 from tests.clients.world import World, make_world
 
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-
 
 @pytest.fixture(scope="module")
 def hardened(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, list[bytes]]:

@@ -26,8 +26,6 @@ from tests.clients.drive import (
 )
 from tests.clients.world import World, make_world
 
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:

@@ -20,8 +20,6 @@ from appa_secure.privacy.noise import gaussian, sampler
 from clients.training import Examples, LocalTrainer, UnitOptimizer, _bounded_rows, _chunks, _people_examples
 from tests.clients.world import KEY, SHAPE, make_embeddings, make_group, make_plan, make_questions
 
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-
 QUESTIONS = make_questions(10)
 QIDS = [q.qid for q in QUESTIONS]
 EMBEDDINGS = make_embeddings(QUESTIONS)

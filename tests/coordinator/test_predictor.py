@@ -19,8 +19,6 @@ from coordinator.predictor import initial_predictor, record_ledger, train_predic
 from tests.clients.drive import Ledgered
 from tests.clients.world import SHAPE, World, make_world
 
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-
 LR = 3e-3
 
 

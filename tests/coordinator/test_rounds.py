@@ -17,12 +17,11 @@ from appa_secure.messages import REPLIES, Message, Refused, digest, pack
 from appa_secure.records import verify
 from appa_secure.secagg.errors import BadEncoding
 from clients.client import Client
+from clients.store import ClientStore
 from coordinator.predictor import initial_predictor
 from coordinator.rounds import NotOpened, Rounds, Summed, ask
 from tests.clients.drive import score_body
 from tests.clients.world import World, make_world
-
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
 
 def ready(root: Path, **changes: Any) -> World:
@@ -311,3 +310,18 @@ def test_asking_everyone_names_who_refuses_is_silent_or_answers_beside_the_point
     stubbed(world, "g2", pack(REPLIES, "freeze"))
     with pytest.raises(BadEncoding, match=r"g2.*answered 'context' with 'freeze'"):
         ask(world, "context")
+
+
+def test_closing_destroys_the_secrets_of_unused_rounds(tmp_path: Path) -> None:
+    world = ready(tmp_path)
+    with world.run_dir() as run:
+        rounds = world.rounds(run)
+        assert isinstance(reward_sum(world, rounds), Summed)
+        machines = [client._machines[REWARD] for client in world.members.values()]
+        assert all(machine._epoch is not None for machine in machines)
+        rounds.close()
+        assert all(machine._epoch is None for machine in machines)
+        stored = ClientStore(tmp_path / "clients" / "g0").load()["machines"][REWARD]
+        assert stored == machines[0].export_state()
+        assert isinstance(reward_sum(world, rounds, 2, 1), Summed)  # a later sum sets a new epoch up
+        assert len([row for row in run.transcript if row["event"] == "epoch"]) == 2
