@@ -66,7 +66,7 @@ def _figures(summary: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
     return (
         f"{_number(_at(summary, (*train, 'avg')))} / {_number(_at(summary, (*train, 'min')))}",
         f"{_number(_at(summary, (*heldout, 'avg')))} / {_number(_at(summary, (*heldout, 'min')))}",
-        _number(_at(summary, (*train, "fairness_index"))),
+        _number(_at(summary, (*train, "fairness_index")), 4),
         _number(worst, 2),
         _number(total, 0),
     )
