@@ -33,7 +33,7 @@ def test_comparison_shows_the_worst_epsilon_and_missing_figures_as_dashes() -> N
     text = shown(console.comparison([({"seed": "1"}, full), ({"seed": "2"}, {}), ({"seed": "3"}, None)]))
     first, second, third = (line for line in text.splitlines() if line.startswith("│"))
     assert [cell.strip() for cell in first.split("│")[1:-1]] == [
-        "1", "0.450 / 0.300", "0.300 / 0.200", "0.900", "7.50", "15",
+        "1", "0.450 / 0.300", "0.300 / 0.200", "0.9000", "7.50", "15",
     ]  # fmt: skip
     assert "– / –" in second
     assert "did not finish" in third
