@@ -62,7 +62,9 @@ def test_shares() -> None:
     case = KNOWN["shamir"]
     rows = np.stack([unpack(bytes.fromhex(row), 1) for row in case["shares"]])
     for points in ([1, 2, 3], [5, 1, 4]):
-        assert combine(points, rows[[x - 1 for x in points]]) == [bytes.fromhex(case["secret"])]
+        assert combine(np.array([points]), rows[[x - 1 for x in points]].transpose(1, 0, 2)) == [
+            bytes.fromhex(case["secret"])
+        ]
 
 
 def test_coding() -> None:
