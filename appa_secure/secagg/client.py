@@ -215,6 +215,7 @@ class ClientMachine:
             (add if self.client_id < peer else subtract).append(mask_key(seed, r, coding.digest, context))
         apply_masks(masked, add, subtract)
         body = {"coding": coding.digest, "context": context, "vector": masked.tobytes()}
+        del masked  # its bytes are in the body now; vectors can be long
         reply = self._seal(UPLOAD, envelope, body)
         epoch.wipe_masks(r)
         epoch.wipe_shares(r - 1)

@@ -8,7 +8,6 @@ data; `export_state` lets a killed coordinator go on.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -221,12 +220,12 @@ class CoordinatorMachine:
             raise UnknownParty(sender, "not in the provisioned directory")
         if sender not in self._epoch.outbound:
             raise OutOfOrder(sender, "was not asked in this phase")
-        reply = hashlib.sha256(message).digest()
+        envelope = parse(message, sender)
         if (earlier := self._epoch.settled.get(sender)) is not None:
-            if earlier == reply:
+            # Whatever carries the signature of the counted reply is a repetition of it, or a forgery: ignored.
+            if earlier == envelope.signature:
                 return
             raise OutOfOrder(sender, "sent two different replies in one phase")
-        envelope = parse(message, sender)
         verify(envelope, self._directory)
         p = self.parameters
         round_id = 0 if self.state in _SETUP else self._epoch.round
@@ -237,7 +236,7 @@ class CoordinatorMachine:
             return
         expect(envelope, EXPECTED[self.state], p.session, p.epoch, round_id)
         self._accept(envelope)
-        self._epoch.settled[sender] = reply
+        self._epoch.settled[sender] = envelope.signature
 
     def _accept(self, envelope: Envelope) -> None:
         """Check a reply and keep it; of an upload only its part of the sum."""

@@ -46,7 +46,7 @@ class CoordinatorEpoch:
     survivors: tuple[str, ...] = ()
     faults: list[Fault] = field(default_factory=list)
     outbound: dict[str, bytes] = field(default_factory=dict)  # of the current phase
-    settled: dict[str, bytes] = field(default_factory=dict)  # sender -> SHA-256 of its reply in this phase
+    settled: dict[str, bytes] = field(default_factory=dict)  # sender -> signature of its reply in this phase
     inbox: dict[str, Envelope] = field(default_factory=dict)  # valid replies of this phase, but for uploads
     earlier_faults: int = 0  # how many of `faults` are from earlier phases
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -24,6 +22,7 @@ from appa_secure.secagg import (
 )
 from appa_secure.secagg.schedule import MASK_KEY, SEED
 from appa_secure.secagg.shamir import SHARE_BYTES
+from appa_secure.secagg.wire import parse
 from tests.secagg.world import CONTEXT, LAYOUT, SESSION, World, reseal
 
 PHASES = ("propose", "roster", "start", "round", "unmask")
@@ -195,7 +194,7 @@ def test_everybody_may_be_killed_between_any_two_messages(crash_at: str) -> None
                 # asked again, every client gives the identical reply
                 replies = world.exchange(outcome.outbound)
                 assert {
-                    name: hashlib.sha256(raw).digest() for name, raw in replies.items()
+                    name: parse(raw, name).signature for name, raw in replies.items()
                 } == world.coordinator._epoch.settled
                 assert world.coordinator.pending().outbound == {}
             outcome = world.coordinator.advance()
