@@ -76,6 +76,10 @@ class EpochParameters:
         return max(self.threshold, self.sharing.quorum)
 
     def digest(self) -> bytes:
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> bytes:  # every bundle is compared with it
         head = digest("proposal", self.session, self.epoch, self.threshold, self.rounds, self.ring_bits)
         return digest("proposal-clients", head, *self.clients)
 

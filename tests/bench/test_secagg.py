@@ -13,8 +13,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from appa_secure.secagg import Aggregate, Continue, EpochReady, Layout, Segment
-from tests.secagg.world import CONTEXT, World
+from appa_secure.secagg import Aggregate, Continue, EpochReady, Layout, Segment, dealing, shamir
+from appa_secure.secagg.graph import choose_holders
+from tests.secagg.world import CONTEXT, World, seeded
 
 pytestmark = pytest.mark.bench
 
@@ -110,6 +111,34 @@ def test_a_thousand_clients() -> None:
             f"server receive {clock.total('receive upload') + clock.total('receive answer'):.0f} ms, "
             f"open {clock.total('open'):.0f} ms"
         )
+
+
+@pytest.mark.timeout(1200)
+def test_set_up_of_one_client_among_a_thousand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one client computes to set up 64 rounds; the other 999 make their bundles, its dealers their packets."""
+    world = World(1000, rounds=64)
+    p, clock, everybody = world.coordinator.parameters, Clock(), sorted(world.names)
+    own = everybody[0]
+    proposal = world.coordinator.propose(1).outbound
+    me = world.clients[own]
+    bundles = [clock("bundle", lambda: me.open_epoch(proposal[own]))]
+    bundles += [world.clients[name].open_epoch(proposal[name]) for name in everybody[1:]]
+    roster_message = world.request("roster", 0, {"bundles": bundles})
+    assert p.sharing.degree < 999
+    clock("shares", lambda: me.deal_shares(roster_message))
+    roster = me._epoch.roster
+    packets = []
+    share = shamir.share
+    monkeypatch.setattr(shamir, "share", lambda secrets, t, points, rng: share(secrets, 1, points, rng))
+    for name in everybody:  # one packet of each dealer is enough, and its polynomials do not matter here
+        holders = choose_holders(everybody, name, p.sharing.degree, seeded(name))
+        if name == own or own in holders:
+            client = world.clients[name]
+            packets += dealing.deal(client._epoch, roster, name, [own], client._identity, seeded((name, 1)))
+    start = world.request("start", 0, {"dealers": everybody, "packets": packets})
+    clock("ready", lambda: me.start_epoch(start))
+    spent = {what: f"{clock.total(what):.0f} ms" for what in ("bundle", "shares", "ready")}
+    print(f"\n1,000 clients, 64 rounds, {len(me._epoch.peers)} peers: set-up of one client {spent}")
 
 
 def test_memory_of_ten_million_entries() -> None:
