@@ -8,50 +8,51 @@ data; `export_state` lets a killed coordinator go on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from .coordinator_checks import check_ready, check_shares, check_upload
+from .coordinator_checks import check_parties, check_ready, check_shares, check_upload
+from .coordinator_phases import (
+    close_notices,
+    coding_of,
+    keep_setup,
+    open_sum,
+    opening_of,
+    proposals,
+    roster_of,
+    rosters,
+    round_requests,
+    starts,
+    unmask_requests,
+)
 from .coordinator_store import CoordinatorEpoch, dump, load
 from .errors import (
     BadParameters,
-    BadShare,
-    BelowThreshold,
-    CohortTooSmall,
     IllegalEvent,
     OutOfOrder,
     ProtocolError,
-    ReleaseRefused,
     RemoteMisbehaviour,
     SumOutOfRange,
     UnknownParty,
 )
-from .fixedpoint import Coding, Layout
+from .fixedpoint import Layout
 from .keys import COORDINATOR, KEY_BYTES, Directory
 from .opening import Opening
-from .outcomes import Aborted, Aggregate, Continue, EpochReady, Fault, Outcome
+from .outcomes import Aborted, Continue, Fault, Outcome
 from .policy import DEFAULT_ROUNDS, EpochParameters, Release, threshold_for
-from .roster import Roster, check_bundle
+from .roster import check_bundle
 from .states import CoordinatorState, coordinator_next
 from .wire import (
     ANSWER,
     BUNDLE,
-    CLOSE,
-    PROPOSE,
     READY,
     REFUSAL,
-    ROSTER,
-    ROUND,
     SHARES,
-    START,
-    UNMASK,
     UPLOAD,
     Envelope,
     expect,
     parse,
-    seal,
     verify,
 )  # fmt: skip
 
@@ -148,18 +149,12 @@ class CoordinatorMachine:
         self._epoch = CoordinatorEpoch(
             EpochParameters(p.session, epoch, p.clients, p.threshold, p.rounds, p.ring_bits)
         )
-        body = {
-            "clients": list(p.clients),
-            "threshold": p.threshold,
-            "rounds": p.rounds,
-            "ring_bits": p.ring_bits,
-        }
-        return self._enter(state, dict.fromkeys(p.clients, self._seal(PROPOSE, 0, body)))
+        return self._enter(state, proposals(self._epoch))
 
     def close_epoch(self) -> dict[str, bytes]:
         """End the epoch; send the returned notices so that clients destroy their secrets (no reply)."""
         state = coordinator_next(self.state, "close")
-        notices = dict.fromkeys(self.parameters.clients, self._seal(CLOSE, 0, {}))
+        notices = close_notices(self._epoch)
         self._epoch = CoordinatorEpoch(self.parameters)
         self.state = state
         return notices
@@ -187,17 +182,7 @@ class CoordinatorMachine:
         coding = layout.preflight(len(self._epoch.dealers))
         self._epoch.round, self._epoch.context, self._epoch.layout = round_id, context, layout
         self._epoch.total, self._epoch.survivors, self._epoch.faults = coding.add([]), (), []
-        body: dict[str, Any] = {"coding": coding.digest, "context": context, "acks": []}
-        short = self._seal(ROUND, round_id, body)
-        body["acks"] = [self._epoch.acks[name] for name in sorted(self._epoch.acks)]
-        full = (
-            self._seal(ROUND, round_id, body)
-            if len(self._epoch.confirmed) < len(self._epoch.dealers)
-            else short
-        )
-        return self._enter(
-            state, {name: short if name in self._epoch.confirmed else full for name in self._epoch.dealers}
-        )
+        return self._enter(state, round_requests(self._epoch))
 
     # -- one phase
 
@@ -242,8 +227,7 @@ class CoordinatorMachine:
         """Check a reply and keep it; of an upload only its part of the sum."""
         epoch = self._epoch
         if envelope.type == UPLOAD:
-            coding = self._coding()
-            check_upload(envelope, coding, epoch.context)
+            check_upload(envelope, coding_of(epoch), epoch.context)
             assert epoch.total is not None
             vector = np.frombuffer(envelope.body["vector"], epoch.total.dtype)
             np.add(epoch.total, vector, out=epoch.total)
@@ -251,7 +235,7 @@ class CoordinatorMachine:
         if envelope.type == BUNDLE:
             check_bundle(envelope, self.parameters)
         elif envelope.type == SHARES:
-            check_shares(envelope, self._require_roster(), self._directory)
+            check_shares(envelope, roster_of(epoch), self._directory)
         elif envelope.type == READY:
             check_ready(envelope, epoch, self._directory)
         else:
@@ -281,65 +265,27 @@ class CoordinatorMachine:
             return self._abort(error)
 
     def _send_roster(self, state: CoordinatorState) -> Outcome:
-        bundles = [
-            check_bundle(self._epoch.inbox[name], self.parameters) for name in sorted(self._epoch.inbox)
-        ]
-        self._require_parties(sorted(self._epoch.inbox), self.parameters.clients, "bundles")
-        self._epoch.roster = Roster(self.parameters, tuple(bundles))
-        body = {"bundles": [bundle.raw for bundle in bundles]}
-        return self._enter(state, dict.fromkeys(self._epoch.roster.names, self._seal(ROSTER, 0, body)))
+        self._require_parties(self._epoch.inbox, self.parameters.clients, "bundles")
+        return self._enter(state, rosters(self._epoch))
 
     def _send_start(self, state: CoordinatorState) -> Outcome:
-        roster, dealers = self._require_roster(), sorted(self._epoch.inbox)
-        self._require_parties(dealers, self.parameters.clients, "dealt shares")
-        packets: dict[str, list[bytes]] = {name: [] for name in roster.names}
-        for dealer in dealers:
-            holders = []
-            for raw in self._epoch.inbox[dealer].body["packets"]:
-                body = parse(raw, dealer).body
-                holders.append(body["to"])
-                packets[body["to"]].append(raw)
-                self._epoch.digests[dealer, body["to"]] = body["digests"]
-            self._epoch.holders[dealer] = tuple(holders)
-        return self._enter(
-            state,
-            {name: self._seal(START, 0, {"dealers": dealers, "packets": packets[name]}) for name in dealers},
-        )
+        self._require_parties(self._epoch.inbox, self.parameters.clients, "dealt shares")
+        return self._enter(state, starts(self._epoch))
 
     def _finish_setup(self, state: CoordinatorState) -> Outcome:
-        epoch = self._epoch
-        self._require_parties(sorted(epoch.inbox), epoch.dealers, "acknowledgements")
-        for name, envelope in epoch.inbox.items():
-            epoch.acks[name], epoch.tables[name] = envelope.body["ack"], envelope.body["table"]
+        self._require_parties(self._epoch.inbox, self._epoch.dealers, "acknowledgements")
+        ready = keep_setup(self._epoch)
         self._enter(state, {})
-        absent = tuple(name for name in self.parameters.clients if name not in epoch.holders)
-        return EpochReady(self.parameters.epoch, epoch.dealers, absent, epoch.transcript, tuple(epoch.faults))
+        return ready
 
     def _send_unmask(self, state: CoordinatorState) -> Outcome:
-        survivors = sorted(self._epoch.settled)
-        self._require_parties(survivors, self._epoch.dealers, "uploads")
-        self._epoch.survivors = tuple(survivors)
-        self._epoch.confirmed |= set(survivors)
-        dropped = list(self._require_opening().dropped)
-        message = self._seal(UNMASK, self._epoch.round, {"survivors": survivors, "dropped": dropped})
-        return self._enter(state, dict.fromkeys(survivors, message))
+        self._require_parties(self._epoch.settled, self._epoch.dealers, "uploads")
+        self._epoch.survivors = tuple(sorted(self._epoch.settled))
+        self._epoch.confirmed |= self._epoch.settled.keys()
+        return self._enter(state, unmask_requests(self._epoch, self._require_opening()))
 
     def _open(self, state: CoordinatorState) -> Outcome:
-        epoch, coding, opening = self._epoch, self._coding(), self._require_opening()
-        assert epoch.total is not None
-        total = epoch.total
-        try:
-            opening.remove_masks(total, coding, epoch.context, epoch.inbox)
-        finally:
-            epoch.faults += [
-                Fault(name, "misbehaviour", BadShare.__name__, f"{name}: {reason}")
-                for name, reason in sorted(opening.culprits.items())
-            ]
-        decoded = coding.decode(total, len(opening.survivors))
-        culprits = tuple(sorted(opening.culprits))
-        aggregate = Aggregate(
-            epoch.round, decoded, total, opening.survivors, opening.dropped, culprits, tuple(epoch.faults)
-        )
+        aggregate = open_sum(self._epoch, self._require_opening())
         self._close_round(state)
         return aggregate
 
@@ -399,46 +345,11 @@ class CoordinatorMachine:
         self._epoch.total, self._epoch.survivors, self._opening = None, (), None
         self._enter(state, {})
 
-    def _require_parties(self, present: Sequence[str], expected: Sequence[str], what: str) -> None:
-        missing = ", ".join(name for name in expected if name not in present)
-        if self._release == "abort" and missing:
-            raise ReleaseRefused(
-                COORDINATOR, f"no {what} from {missing}; under release 'abort' all must take part"
-            )
-        if len(present) < self.parameters.threshold:
-            raise BelowThreshold(
-                COORDINATOR,
-                f"{what} from {len(present)} clients, the threshold is {self.parameters.threshold}; "
-                f"missing: {missing}",
-            )
-        if len(present) < self._min_cohort:
-            raise CohortTooSmall(
-                COORDINATOR,
-                f"{what} from {len(present)} clients, the minimum cohort is {self._min_cohort}; "
-                f"missing: {missing}",
-            )
-
-    def _require_roster(self) -> Roster:
-        if self._epoch.roster is None:
-            raise IllegalEvent("no roster yet")
-        return self._epoch.roster
-
-    def _coding(self) -> Coding:
-        if self._epoch.layout is None:
-            raise IllegalEvent("no round has begun")
-        return self._epoch.layout.preflight(len(self._epoch.dealers))
+    def _require_parties(self, present: Collection[str], expected: Sequence[str], what: str) -> None:
+        threshold, complete = self.parameters.threshold, self._release == "abort"
+        check_parties(present, expected, what, threshold, self._min_cohort, complete)
 
     def _require_opening(self) -> Opening:
-        """The open round, split into the parties that uploaded and those that did not."""
         if self._opening is None:
-            epoch = self._epoch
-            alive = frozenset(epoch.survivors)
-            dropped = tuple(name for name in epoch.dealers if name not in alive)
-            self._opening = Opening(
-                self._require_roster(), epoch.graph, epoch.transcript, epoch.round, epoch.survivors, dropped,
-                epoch.digests, epoch.tables,
-            )  # fmt: skip
+            self._opening = opening_of(self._epoch)
         return self._opening
-
-    def _seal(self, type_: str, round_id: int, body: dict[str, Any]) -> bytes:
-        return seal(type_, self.parameters.session, self.parameters.epoch, round_id, COORDINATOR, body, None)

@@ -1,11 +1,15 @@
-"""What the coordinator verifies in a client's signed reply before it counts. Every check raises, naming the sender."""
+"""What the coordinator verifies: a client's signed reply before it counts, naming the sender, and whether enough
+clients are left.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from .coordinator_store import CoordinatorEpoch
-from .errors import BadEncoding, LayoutMismatch, WrongRoster
+from .errors import BadEncoding, BelowThreshold, CohortTooSmall, LayoutMismatch, ReleaseRefused, WrongRoster
 from .fixedpoint import Coding
-from .keys import KEY_BYTES, Directory
+from .keys import COORDINATOR, KEY_BYTES, Directory
 from .opening import TAG_BYTES
 from .roster import Roster
 from .schedule import KINDS, SHARE_DIGEST_BYTES
@@ -51,3 +55,29 @@ def check_upload(envelope: Envelope, coding: Coding, context: bytes) -> None:
         raise LayoutMismatch(sender, "upload is bound to another layout or context")
     if len(body["vector"]) != coding.layout.size * coding.layout.ring_bits // 8:
         raise BadEncoding(sender, f"upload has {len(body['vector'])} bytes, not the size of the layout")
+
+
+def check_parties(
+    present: Collection[str],
+    expected: Sequence[str],
+    what: str,
+    threshold: int,
+    min_cohort: int,
+    complete: bool,
+) -> None:
+    """Enough clients for the epoch or round to go on; all of them where `complete`."""
+    missing = ", ".join(name for name in expected if name not in present)
+    if complete and missing:
+        raise ReleaseRefused(
+            COORDINATOR, f"no {what} from {missing}; under release 'abort' all must take part"
+        )
+    if len(present) < threshold:
+        raise BelowThreshold(
+            COORDINATOR,
+            f"{what} from {len(present)} clients, the threshold is {threshold}; missing: {missing}",
+        )
+    if len(present) < min_cohort:
+        raise CohortTooSmall(
+            COORDINATOR,
+            f"{what} from {len(present)} clients, the minimum cohort is {min_cohort}; missing: {missing}",
+        )
