@@ -14,7 +14,7 @@ from appa_secure.secagg.keys import bind, derive
 from appa_secure.secagg.masks import apply_masks, mask_key
 from appa_secure.secagg.shamir import combine, unpack
 from tests.secagg.world import World
-from tests.vectors.make_secagg import attempt, epoch, parties
+from tests.vectors.make_secagg import attempt, epoch, key_schedule, parties
 
 VECTORS = Path(__file__).parent.parent / "vectors" / "secagg"
 KNOWN: dict[str, Any] = json.loads((VECTORS / "known_answers.json").read_text(encoding="utf-8"))
@@ -72,6 +72,10 @@ def test_coding() -> None:
     coding = Layout.from_description(case["layout"], case["ring_bits"]).preflight(case["parties"])
     assert (list(coding.bits), coding.digest.hex()) == (case["bits"], case["digest"])
     assert coding.encode(np.array([float.fromhex(v) for v in case["vector"]])).tobytes().hex() == case["out"]
+
+
+def test_key_schedule() -> None:
+    assert key_schedule() == KNOWN["schedule"]
 
 
 def test_a_whole_epoch_replays_byte_for_byte() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from appa_secure.secagg import (
     Aggregate,
@@ -113,6 +115,43 @@ def test_a_dropped_party_that_shared_another_key_than_its_own_is_named(monkeypat
     world.silent = {"round": {GONE}}
     outcome = world.round(1)
     assert (outcome.code, outcome.culprits) == ("BadShare", (GONE,))
+
+
+LIES = st.tuples(st.sampled_from(["shares", "checks", "seeds"]), st.integers(0, 10**4), st.integers(1, 255))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_lies_in_answers_never_change_a_sum_or_accuse_the_honest(data: st.DataObject) -> None:
+    """Any liars flip any bytes of their answers: the exact sum, or an abort; nobody else is accused."""
+    n = data.draw(st.integers(4, 9), label="n")
+    world = World(n, rounds=1, seed=n)
+    gone = data.draw(st.sets(st.sampled_from(world.names), max_size=n // 4), label="gone")
+    lies = data.draw(st.dictionaries(st.sampled_from(world.names), LIES, max_size=n // 2), label="lies")
+    world.setup()
+    world.silent = {"round": gone}
+
+    def lie(name, envelope):
+        if envelope.type != "answer" or name not in lies:
+            return envelope.raw
+        field, position, flip = lies[name]
+        value = bytearray(envelope.body[field])
+        if value:
+            value[position % len(value)] ^= flip
+        return reseal(envelope, {**envelope.body, field: bytes(value)}, world.identities[name])
+
+    world.inbound = lie
+    outcome = world.round(1)
+    if isinstance(outcome, Aggregate):
+        np.testing.assert_array_equal(outcome.ring_sum, world.ring_sum(outcome.contributors))
+        assert set(outcome.contributors) == set(world.names) - gone
+    else:
+        assert outcome.code == "BelowThreshold"
+    accused = {fault.party for fault in outcome.faults if fault.kind == "misbehaviour"}
+    assert accused <= lies.keys() - gone
+    if isinstance(outcome, Aggregate) and len(accused) < len(lies.keys() - gone):
+        innocent = lies.keys() - gone - accused  # their lie hit no secret that was needed
+        assert all(lies[name][0] != "seeds" for name in innocent)
 
 
 @pytest.fixture
