@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from appa_secure.secagg import (
 )
 from appa_secure.secagg.graph import Sharing
 from appa_secure.secagg.opening import Opening
-from appa_secure.secagg.schedule import ANSWER_KEY, MASK_KEY, SEED
+from appa_secure.secagg.schedule import ANSWER_KEY, MASK_KEY, SEED, answer_key
 from appa_secure.secagg.shamir import pack
 from appa_secure.secagg.wire import parse
 from tests.secagg.world import CONTEXT, LAYOUT, World, reseal, seeded
@@ -201,20 +202,26 @@ def test_two_partitions_on_a_sparse_graph_do_not_isolate_a_party(sparse: Sharing
     assert not readable & keys.keys()
 
 
-def test_no_seed_share_travels_in_clear() -> None:
+def test_seed_shares_travel_under_the_senders_own_answer_key_only() -> None:
     world = World(5)
     world.setup()
     held = {name: client._epoch.held[0, :, SEED].copy() for name, client in world.clients.items()}
+    own = {name: client._epoch.secrets[0, ANSWER_KEY].tobytes() for name, client in world.clients.items()}
     answers = {}
 
     def note(name, envelope):
         if envelope.type == "answer":
-            answers[name] = envelope.raw
+            answers[name] = envelope
         return envelope.raw
 
     world.inbound = note
     check_exact(world, world.round(1), ())
-    assert not any(pack(share) in answers[name] for name in answers for share in held[name])
+    epoch = world.coordinator._epoch
+    for name, answer in answers.items():
+        assert not any(pack(share) in answer.raw for share in held[name])
+        key = answer_key(own[name], epoch.transcript, epoch.parameters, name, 1)
+        sealed = answer.body["seeds"]
+        assert ChaCha20Poly1305(key).decrypt(bytes(12), sealed, None) == pack(held[name])
 
 
 def test_a_sparse_graph_gives_exact_sums_through_dropouts_and_restarts(sparse: Sharing) -> None:
