@@ -7,25 +7,29 @@ and rounds, together with c clients where 2t > n + c (t = threshold, n = clients
 
 The protocol (double masking of Bonawitz et al., CCS 2017, set up once for many rounds)
 ---------------------------------------------------------------------------------------
-Set-up of an epoch of R rounds, three exchanges:
+Every client has, for each of the R rounds of an epoch, three secrets: the seed of its self-mask, a one-time X25519
+mask key, and an answer key. It shares each t-of-m among m holders: all clients up to 100 of them, above that some
+that it draws itself (`graph.py`). Its peers are its holders and the clients it holds for. Set-up, three exchanges:
 
     propose -> bundle   Each client checks the proposal against its own `ClientPolicy` and provisioned
-                        `Directory` and signs: an X25519 encryption key, R one-time X25519 mask keys,
-                        commitments of R self-mask seeds.
-    roster  -> shares   Each client verifies all bundles and deals t-of-n Shamir shares of its R seeds and R
-                        mask private keys, one AEAD packet per peer, with signed digests of every share.
-    start   -> ack      Each client verifies and decrypts its packets, does all key agreement of the epoch,
-                        forgets its private keys, and signs the transcript (digest of proposal, bundles,
-                        final roster).
+                        `Directory` and signs: an X25519 encryption key, R mask keys, commitments of its 3 R secrets.
+    roster  -> shares   Each client verifies all bundles, draws its holders and deals Shamir shares of its
+                        secrets, one AEAD packet per holder, with signed digests of every share.
+    start   -> ready    Each client verifies and decrypts its packets, does all key agreement of the epoch,
+                        seals the pair seeds of each round under its own mask key of that round for the coordinator,
+                        forgets its private keys, and signs the transcript (digest of proposal, bundles, final roster).
 
-A round, two exchanges:
+A round, two exchanges, and no public-key operation but signatures:
 
     round   -> upload   encode(vector) + self-mask + sum of +/- pairwise masks, every one an AES-256-CTR
                         keystream whose key is HKDF(secret; session, epoch, round, ids; salt = transcript),
                         expanded with (round, coding, context).
-    unmask  -> answer   For each survivor a share of its self-mask seed, for each dropped party a share of
-                        its one-time mask key. The coordinator reconstructs, checks against the commitments,
-                        and subtracts the masks.
+    unmask  -> answer   For each survivor a share of its answer key, for each dropped party a share of its mask
+                        key and a hash of the pair seed. Shares of the survivors' self-mask seeds, sealed under
+                        the sender's own answer key.
+
+The coordinator rebuilds answer keys and mask keys, opens the sealed seed shares and the dropped parties' sealed pair
+seeds, checks all against commitments and hashes, and subtracts the masks (`opening.py`).
 
 Why a liar gains nothing
 ------------------------
@@ -33,16 +37,18 @@ Invented or swapped keys: bundles are signed by identities of a directory the co
 client counts the cohort in that directory. Different rosters, scales or contexts for different clients: all
 of them are in the mask derivation (and rosters are acknowledged across clients), so masks do not cancel;
 the sum is uniform noise and is reported as `SumOutOfRange`. False dropouts: a client answers one
-partition per round, and with 2t > n + c no two partitions can both reach t answers, so never both secrets
-of one party. Another round's secrets: every round has keys of its own, dealt as such; shares of earlier
-rounds are zeroed. Replays: rounds only increase, on state that is persisted before a reply leaves. Sums
-over chosen subsets: the release policy (`ClientPolicy.release`). A wrong share: pinned on its author and
-survived.
+partition per round, and with 2t > m + c no two partitions can both reach t of a party's holders, so never both
+secrets of one party. Two partitions for different clients: a client's seed shares can be read only when t holders
+called it a survivor, and then nobody gets its mask key; so every sum that comes out covers all honest parties that
+were not given up, at least t - c (complete graph), or a large part of them except with probability 2^-40 (sparse).
+Another round's secrets: every round has keys of its own, dealt as such; shares of earlier rounds are zeroed.
+Replays: rounds only increase, on state that is persisted before a reply leaves. Sums over chosen subsets: the
+release policy (`ClientPolicy.release`). A wrong share, seal or pair seed: pinned on its author and survived.
+The arguments in full are decisions 4, 13 and 14 in docs/decisions.
 
 What it does not do: it does not check what a client puts in (a party can report any in-range vector), it
-does not hide who took part, a sum of few parties says much about each (keep `min_cohort` up), and its cost
-per client is linear in n (complete graph). Python cannot wipe memory reliably; secrets are zeroed where
-they live in arrays, dropped elsewhere.
+does not hide who took part, and a sum of few parties says much about each (keep `min_cohort` up). Python cannot wipe
+memory reliably; secrets are zeroed where they live in arrays, dropped elsewhere.
 
 Use `run_epoch_setup` and `run_round` on the coordinator's side, `respond` on the client's.
 """

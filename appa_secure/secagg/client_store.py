@@ -18,48 +18,61 @@ from . import cbor
 from .errors import BadParameters, CorruptState, ProtocolError
 from .keys import COORDINATOR, KEY_BYTES, Directory
 from .policy import EpochParameters
-from .roster import KINDS, Roster, open_bundle
+from .roster import Roster, open_bundle
+from .schedule import ANSWER_KEY, KINDS, MASK_KEY, SEED
 from .shamir import LIMBS
 from .states import ClientState
 from .wire import named_sender
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 Secrets = NDArray[np.uint8]  # (..., 32), zeroed when used up
+
+
+def _no_secrets() -> Secrets:
+    return np.zeros((0, 0, KEY_BYTES), np.uint8)
+
+
+def _no_shares() -> NDArray[np.uint32]:
+    return np.zeros((0, 0, KINDS, LIMBS), np.uint32)
 
 
 @dataclass(repr=False)
 class ClientEpoch:
-    """Secrets and public values of one epoch. Row r - 1 of the per-round arrays belongs to round r."""
+    """Secrets and public values of one epoch. Row r - 1 of the arrays belongs to round r."""
 
     parameters: EpochParameters
     bundle: bytes
     encryption_private: bytes  # emptied once the shares are received
-    mask_privates: Secrets  # (R, 32), zeroed once the pair seeds are made
-    seeds: Secrets  # (R, 32) self-mask seeds
+    secrets: Secrets  # (R, KINDS, 32); mask keys are zeroed once the pair seeds are made
     roster: Roster | None = None
+    holders: tuple[str, ...] = ()  # who holds this client's shares
     dealers: tuple[str, ...] = ()
+    wards: tuple[str, ...] = ()  # whose shares this client holds
+    peers: tuple[str, ...] = ()  # with whom it masks
     transcript: bytes = b""
-    pair_seeds: Secrets = field(
-        default_factory=lambda: np.zeros((0, 0, KEY_BYTES), np.uint8)
-    )  # (dealers, R, 32)
-    held: NDArray[np.uint32] = field(
-        default_factory=lambda: np.zeros((0, 0, KINDS, LIMBS), np.uint32)
-    )  # (dealers, R, 2, 9)
+    pair_seeds: Secrets = field(default_factory=_no_secrets)  # (R, peers, 32)
+    held: NDArray[np.uint32] = field(default_factory=_no_shares)  # (R, wards, KINDS, 9)
+    checks: bytes = b""  # of the pair seeds of the open round, 16 bytes per peer
     confirmed: bool = False  # the acknowledgements of the others were seen
     last_round: int = 0
     answers: dict[bytes, bytes] = field(default_factory=dict)  # SHA-256 of a request -> the reply it got
 
-    def wipe_used(self, masks_to: int, shares_to: int) -> None:
-        """Zero mask secrets of rounds 1..masks_to and held shares of rounds 1..shares_to."""
-        self.seeds[:masks_to] = 0
-        self.pair_seeds[:, :masks_to] = 0
-        self.held[:, :shares_to] = 0
+    def wipe_masks(self, to: int) -> None:
+        """Zero what masks of rounds 1..to are derived from."""
+        self.secrets[:to, [SEED, MASK_KEY]] = 0
+        self.pair_seeds[:to] = 0
+
+    def wipe_shares(self, to: int) -> None:
+        """Zero what answers of rounds 1..to are made of."""
+        self.secrets[:to, ANSWER_KEY] = 0
+        self.held[:to] = 0
 
     def wipe(self) -> None:
         """Zero everything secret."""
         self.encryption_private = b""
-        self.mask_privates[:] = 0
-        self.wipe_used(self.parameters.rounds, self.parameters.rounds)
+        self.secrets[:] = 0
+        self.wipe_masks(self.parameters.rounds)
+        self.wipe_shares(self.parameters.rounds)
         self.answers.clear()
 
 
@@ -93,12 +106,15 @@ def _dump_epoch(epoch: ClientEpoch) -> dict[str, Any]:
         "parameters": [p.session, p.epoch, list(p.clients), p.threshold, p.rounds, p.ring_bits],
         "bundle": epoch.bundle,
         "encryption_private": epoch.encryption_private,
-        "mask_privates": epoch.mask_privates.tobytes(),
-        "seeds": epoch.seeds.tobytes(),
+        "secrets": epoch.secrets.tobytes(),
         "roster": [bundle.raw for bundle in epoch.roster.bundles] if epoch.roster else [],
+        "holders": list(epoch.holders),
         "dealers": list(epoch.dealers),
+        "wards": list(epoch.wards),
+        "peers": list(epoch.peers),
         "pair_seeds": epoch.pair_seeds.tobytes(),
         "held": epoch.held.astype("<u4").tobytes(),
+        "checks": epoch.checks,
         "confirmed": int(epoch.confirmed),
         "last_round": epoch.last_round,
         "answers": [[key, reply] for key, reply in epoch.answers.items()],
@@ -134,22 +150,25 @@ def _load_epoch(fields: Mapping[str, Any], directory: Directory) -> ClientEpoch:
     session, number, clients, threshold, rounds, ring_bits = fields["parameters"]
     parameters = EpochParameters(session, number, tuple(clients), threshold, rounds, ring_bits)
     roster = load_roster(parameters, fields["roster"], directory)
-    dealers = tuple(fields["dealers"])
+    dealers, wards, peers = (tuple(fields[name]) for name in ("dealers", "wards", "peers"))
     if dealers and roster is None:
         raise BadParameters("dealers without a roster")
     return ClientEpoch(
         parameters=parameters,
         bundle=fields["bundle"],
         encryption_private=fields["encryption_private"],
-        mask_privates=_secrets(fields["mask_privates"], (rounds, KEY_BYTES)),
-        seeds=_secrets(fields["seeds"], (rounds, KEY_BYTES)),
+        secrets=_secrets(fields["secrets"], (rounds, KINDS, KEY_BYTES)),
         roster=roster,
+        holders=tuple(fields["holders"]),
         dealers=dealers,
+        wards=wards,
+        peers=peers,
         transcript=roster.transcript(dealers) if roster and dealers else b"",
-        pair_seeds=_secrets(fields["pair_seeds"], (len(dealers), rounds if dealers else 0, KEY_BYTES)),
+        pair_seeds=_secrets(fields["pair_seeds"], (rounds if dealers else 0, len(peers), KEY_BYTES)),
         held=np.frombuffer(fields["held"], "<u4")
-        .reshape(len(dealers), rounds if dealers else 0, KINDS, LIMBS)
+        .reshape(rounds if dealers else 0, len(wards), KINDS, LIMBS)
         .astype(np.uint32),
+        checks=fields["checks"],
         confirmed=bool(fields["confirmed"]),
         last_round=fields["last_round"],
         answers=dict(fields["answers"]),

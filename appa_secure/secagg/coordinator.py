@@ -8,63 +8,58 @@ data; `export_state` lets a killed coordinator go on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from . import shamir
+from .coordinator_checks import check_parties, check_ready, check_shares, check_upload
+from .coordinator_phases import (
+    close_notices,
+    coding_of,
+    keep_setup,
+    open_sum,
+    opening_of,
+    proposals,
+    roster_of,
+    rosters,
+    round_requests,
+    starts,
+    unmask_requests,
+)
 from .coordinator_store import CoordinatorEpoch, dump, load
 from .errors import (
-    BadEncoding,
     BadParameters,
-    BadShare,
-    BelowThreshold,
-    CohortTooSmall,
     IllegalEvent,
-    LayoutMismatch,
     OutOfOrder,
     ProtocolError,
-    ReleaseRefused,
     RemoteMisbehaviour,
     SumOutOfRange,
     UnknownParty,
-    WrongRoster,
 )
-from .fixedpoint import Coding, Layout
+from .fixedpoint import Layout
 from .keys import COORDINATOR, KEY_BYTES, Directory
-from .masks import RingVector, ring_dtype
-from .opening import Answers, reconstruct, remove_masks
-from .outcomes import Aborted, Aggregate, Continue, EpochReady, Fault, Outcome
+from .opening import Opening
+from .outcomes import Aborted, Continue, Fault, Outcome
 from .policy import DEFAULT_ROUNDS, EpochParameters, Release, threshold_for
-from .roster import KINDS, SHARE_DIGEST_BYTES, Roster, check_bundle
+from .roster import check_bundle
 from .states import CoordinatorState, coordinator_next
 from .wire import (
-    ACK,
     ANSWER,
     BUNDLE,
-    CLOSE,
-    PACKET,
-    PROPOSE,
+    READY,
     REFUSAL,
-    ROSTER,
-    ROUND,
     SHARES,
-    START,
-    UNMASK,
     UPLOAD,
     Envelope,
     expect,
     parse,
-    seal,
     verify,
 )  # fmt: skip
 
 EXPECTED = {
     CoordinatorState.BUNDLES: BUNDLE,
     CoordinatorState.SHARES: SHARES,
-    CoordinatorState.ACKS: ACK,
+    CoordinatorState.ACKS: READY,
     CoordinatorState.UPLOADS: UPLOAD,
     CoordinatorState.ANSWERS: ANSWER,
 }
@@ -114,6 +109,7 @@ class CoordinatorMachine:
         self._min_cohort = min_cohort
         self._release = release
         self.state = CoordinatorState.IDLE
+        self._opening: Opening | None = None  # made from the state when it is needed
 
     # -- public view
 
@@ -139,7 +135,7 @@ class CoordinatorMachine:
         """The messages of the current phase whose receivers have not answered: what to send again after a
         restart.
         """
-        settled = self._epoch.inbox.keys() | {fault.party for fault in self._epoch.phase_faults}
+        settled = self._epoch.settled.keys() | {fault.party for fault in self._epoch.phase_faults}
         return Continue(
             {name: message for name, message in self._epoch.outbound.items() if name not in settled}
         )
@@ -153,18 +149,12 @@ class CoordinatorMachine:
         self._epoch = CoordinatorEpoch(
             EpochParameters(p.session, epoch, p.clients, p.threshold, p.rounds, p.ring_bits)
         )
-        body = {
-            "clients": list(p.clients),
-            "threshold": p.threshold,
-            "rounds": p.rounds,
-            "ring_bits": p.ring_bits,
-        }
-        return self._enter(state, dict.fromkeys(p.clients, self._seal(PROPOSE, 0, body)))
+        return self._enter(state, proposals(self._epoch))
 
     def close_epoch(self) -> dict[str, bytes]:
         """End the epoch; send the returned notices so that clients destroy their secrets (no reply)."""
         state = coordinator_next(self.state, "close")
-        notices = dict.fromkeys(self.parameters.clients, self._seal(CLOSE, 0, {}))
+        notices = close_notices(self._epoch)
         self._epoch = CoordinatorEpoch(self.parameters)
         self.state = state
         return notices
@@ -191,18 +181,8 @@ class CoordinatorMachine:
             )
         coding = layout.preflight(len(self._epoch.dealers))
         self._epoch.round, self._epoch.context, self._epoch.layout = round_id, context, layout
-        self._epoch.uploads, self._epoch.faults = {}, []
-        body: dict[str, Any] = {"coding": coding.digest, "context": context, "acks": []}
-        short = self._seal(ROUND, round_id, body)
-        body["acks"] = [self._epoch.acks[name] for name in sorted(self._epoch.acks)]
-        full = (
-            self._seal(ROUND, round_id, body)
-            if len(self._epoch.confirmed) < len(self._epoch.dealers)
-            else short
-        )
-        return self._enter(
-            state, {name: short if name in self._epoch.confirmed else full for name in self._epoch.dealers}
-        )
+        self._epoch.total, self._epoch.survivors, self._epoch.faults = coding.add([]), (), []
+        return self._enter(state, round_requests(self._epoch))
 
     # -- one phase
 
@@ -225,11 +205,12 @@ class CoordinatorMachine:
             raise UnknownParty(sender, "not in the provisioned directory")
         if sender not in self._epoch.outbound:
             raise OutOfOrder(sender, "was not asked in this phase")
-        if (earlier := self._epoch.inbox.get(sender)) is not None:
-            if earlier.raw == message:
+        envelope = parse(message, sender)
+        if (earlier := self._epoch.settled.get(sender)) is not None:
+            # Whatever carries the signature of the counted reply is a repetition of it, or a forgery: ignored.
+            if earlier == envelope.signature:
                 return
             raise OutOfOrder(sender, "sent two different replies in one phase")
-        envelope = parse(message, sender)
         verify(envelope, self._directory)
         p = self.parameters
         round_id = 0 if self.state in _SETUP else self._epoch.round
@@ -239,42 +220,27 @@ class CoordinatorMachine:
             self._epoch.faults.append(Fault(sender, "refusal", code, reason))
             return
         expect(envelope, EXPECTED[self.state], p.session, p.epoch, round_id)
-        self._check(envelope)
-        self._epoch.inbox[sender] = envelope
+        self._accept(envelope)
+        self._epoch.settled[sender] = envelope.signature
 
-    def _check(self, envelope: Envelope) -> None:
-        body, sender = envelope.body, envelope.sender
+    def _accept(self, envelope: Envelope) -> None:
+        """Check a reply and keep it; of an upload only its part of the sum."""
+        epoch = self._epoch
+        if envelope.type == UPLOAD:
+            check_upload(envelope, coding_of(epoch), epoch.context)
+            assert epoch.total is not None
+            vector = np.frombuffer(envelope.body["vector"], epoch.total.dtype)
+            np.add(epoch.total, vector, out=epoch.total)
+            return
         if envelope.type == BUNDLE:
             check_bundle(envelope, self.parameters)
         elif envelope.type == SHARES:
-            self._check_shares(envelope)
-        elif envelope.type == ACK:
-            if body["transcript"] != self._epoch.transcript:
-                raise WrongRoster(sender, "acknowledges another transcript")
-        elif envelope.type == UPLOAD:
-            coding = self._coding()
-            if (body["coding"], body["context"]) != (coding.digest, self._epoch.context):
-                raise LayoutMismatch(sender, "upload is bound to another layout or context")
-            if len(body["vector"]) != coding.layout.size * coding.layout.ring_bits // 8:
-                raise BadEncoding(
-                    sender, f"upload has {len(body['vector'])} bytes, not the size of the layout"
-                )
+            check_shares(envelope, roster_of(epoch), self._directory)
+        elif envelope.type == READY:
+            check_ready(envelope, epoch, self._directory)
         else:
-            self._shares_of(envelope)
-
-    def _check_shares(self, envelope: Envelope) -> None:
-        roster, sender = self._require_roster(), envelope.sender
-        packets = envelope.body["packets"]
-        if envelope.body["roster"] != roster.digest() or len(packets) != len(roster.bundles):
-            raise WrongRoster(sender, "dealt shares for another roster")
-        for raw, holder in zip(packets, roster.names, strict=True):
-            packet = parse(raw, sender)
-            verify(packet, self._directory)
-            expect(packet, PACKET, self.parameters.session, self.parameters.epoch)
-            if packet.body["to"] != holder or packet.body["roster"] != roster.digest():
-                raise WrongRoster(sender, f"packet for '{holder}' is for another client or another roster")
-            if len(packet.body["digests"]) != SHARE_DIGEST_BYTES * KINDS * self.parameters.rounds:
-                raise BadEncoding(sender, "packet: wrong number of share digests")
+            self._require_opening().check(envelope)
+        epoch.inbox[envelope.sender] = envelope
 
     def advance(self) -> Outcome:
         """End the phase with the replies that arrived."""
@@ -282,7 +248,7 @@ class CoordinatorMachine:
             raise IllegalEvent(f"'advance' is not allowed in coordinator state '{self.state.value}'")
         state = coordinator_next(self.state, _ADVANCE[self.state])
         blamed = {fault.party for fault in self._epoch.phase_faults}
-        for name in sorted(self._epoch.outbound.keys() - self._epoch.inbox.keys() - blamed):
+        for name in sorted(self._epoch.outbound.keys() - self._epoch.settled.keys() - blamed):
             self._epoch.faults.append(
                 Fault(name, "silence", "Silence", f"{name}: no reply in phase '{self.state.value}'")
             )
@@ -299,86 +265,28 @@ class CoordinatorMachine:
             return self._abort(error)
 
     def _send_roster(self, state: CoordinatorState) -> Outcome:
-        bundles = [
-            check_bundle(self._epoch.inbox[name], self.parameters) for name in sorted(self._epoch.inbox)
-        ]
-        self._require_parties(sorted(self._epoch.inbox), self.parameters.clients, "bundles")
-        self._epoch.roster = Roster(self.parameters, tuple(bundles))
-        body = {"bundles": [bundle.raw for bundle in bundles]}
-        return self._enter(state, dict.fromkeys(self._epoch.roster.names, self._seal(ROSTER, 0, body)))
+        self._require_parties(self._epoch.inbox, self.parameters.clients, "bundles")
+        return self._enter(state, rosters(self._epoch))
 
     def _send_start(self, state: CoordinatorState) -> Outcome:
-        roster, dealers = self._require_roster(), tuple(sorted(self._epoch.inbox))
-        self._require_parties(dealers, self.parameters.clients, "dealt shares")
-        self._epoch.dealers = dealers
-        packets: dict[str, list[bytes]] = {holder: [] for holder in roster.names}
-        for dealer in dealers:
-            for holder, raw in zip(roster.names, self._epoch.inbox[dealer].body["packets"], strict=True):
-                packets[holder].append(raw)
-                self._epoch.digests[dealer, holder] = parse(raw, dealer).body["digests"]
-        names = list(dealers)
-        return self._enter(
-            state,
-            {name: self._seal(START, 0, {"dealers": names, "packets": packets[name]}) for name in dealers},
-        )
+        self._require_parties(self._epoch.inbox, self.parameters.clients, "dealt shares")
+        return self._enter(state, starts(self._epoch))
 
     def _finish_setup(self, state: CoordinatorState) -> Outcome:
-        self._require_parties(sorted(self._epoch.inbox), self._epoch.dealers, "acknowledgements")
-        self._epoch.acks = {name: envelope.raw for name, envelope in self._epoch.inbox.items()}
+        self._require_parties(self._epoch.inbox, self._epoch.dealers, "acknowledgements")
+        ready = keep_setup(self._epoch)
         self._enter(state, {})
-        absent = tuple(name for name in self.parameters.clients if name not in self._epoch.dealers)
-        return EpochReady(
-            self.parameters.epoch,
-            self._epoch.dealers,
-            absent,
-            self._epoch.transcript,
-            tuple(self._epoch.faults),
-        )
+        return ready
 
     def _send_unmask(self, state: CoordinatorState) -> Outcome:
-        survivors = sorted(self._epoch.inbox)
-        self._require_parties(survivors, self._epoch.dealers, "uploads")
-        self._epoch.uploads = dict(self._epoch.inbox)
-        self._epoch.confirmed |= self._epoch.inbox.keys()
-        dropped = [name for name in self._epoch.dealers if name not in self._epoch.uploads]
-        message = self._seal(UNMASK, self._epoch.round, {"survivors": survivors, "dropped": dropped})
-        return self._enter(state, dict.fromkeys(survivors, message))
+        self._require_parties(self._epoch.settled, self._epoch.dealers, "uploads")
+        self._epoch.survivors = tuple(sorted(self._epoch.settled))
+        self._epoch.confirmed |= self._epoch.settled.keys()
+        return self._enter(state, unmask_requests(self._epoch, self._require_opening()))
 
     def _open(self, state: CoordinatorState) -> Outcome:
-        roster, coding = self._require_roster(), self._coding()
-        survivors = tuple(sorted(self._epoch.uploads))
-        dropped = tuple(name for name in self._epoch.dealers if name not in self._epoch.uploads)
-        if len(self._epoch.inbox) < self.parameters.threshold:
-            raise BelowThreshold(
-                COORDINATOR,
-                f"{len(self._epoch.inbox)} answers, the threshold is {self.parameters.threshold}; "
-                "nothing was opened",
-            )
-        answers = Answers(
-            survivors, dropped, {name: self._shares_of(e) for name, e in self._epoch.inbox.items()}
-        )
-        secrets, culprits = reconstruct(roster, self._epoch.round, answers, self._epoch.digests)
-        total = coding.add([self._vector(self._epoch.uploads[name]) for name in survivors])
-        remove_masks(
-            total,
-            roster,
-            self._epoch.transcript,
-            self._epoch.round,
-            coding,
-            self._epoch.context,
-            answers,
-            secrets,
-        )
-        decoded = coding.decode(total, len(survivors))
-        for name in culprits:
-            self._epoch.faults.append(
-                Fault(name, "misbehaviour", BadShare.__name__, f"{name}: handed in shares it was not dealt")
-            )
-        aggregate = Aggregate(
-            self._epoch.round, decoded, total, survivors, dropped, culprits, tuple(self._epoch.faults)
-        )
-        self._epoch.uploads = {}
-        self._enter(state, {})
+        aggregate = open_sum(self._epoch, self._require_opening())
+        self._close_round(state)
         return aggregate
 
     # -- storing
@@ -427,52 +335,21 @@ class CoordinatorMachine:
             tuple(self._epoch.faults),
         )
         if in_round:
-            self._epoch.uploads = {}
-            self._epoch.begin_phase({})
+            self._close_round(state)
         else:
             self._epoch = CoordinatorEpoch(self.parameters)
-        self.state = state
+            self.state = state
         return outcome
 
-    def _require_parties(self, present: Sequence[str], expected: Sequence[str], what: str) -> None:
-        missing = ", ".join(name for name in expected if name not in present)
-        if self._release == "abort" and missing:
-            raise ReleaseRefused(
-                COORDINATOR, f"no {what} from {missing}; under release 'abort' all must take part"
-            )
-        if len(present) < self.parameters.threshold:
-            raise BelowThreshold(
-                COORDINATOR,
-                f"{what} from {len(present)} clients, the threshold is {self.parameters.threshold}; "
-                f"missing: {missing}",
-            )
-        if len(present) < self._min_cohort:
-            raise CohortTooSmall(
-                COORDINATOR,
-                f"{what} from {len(present)} clients, the minimum cohort is {self._min_cohort}; "
-                f"missing: {missing}",
-            )
+    def _close_round(self, state: CoordinatorState) -> None:
+        self._epoch.total, self._epoch.survivors, self._opening = None, (), None
+        self._enter(state, {})
 
-    def _require_roster(self) -> Roster:
-        if self._epoch.roster is None:
-            raise IllegalEvent("no roster yet")
-        return self._epoch.roster
+    def _require_parties(self, present: Collection[str], expected: Sequence[str], what: str) -> None:
+        threshold, complete = self.parameters.threshold, self._release == "abort"
+        check_parties(present, expected, what, threshold, self._min_cohort, complete)
 
-    def _coding(self) -> Coding:
-        if self._epoch.layout is None:
-            raise IllegalEvent("no round has begun")
-        return self._epoch.layout.preflight(len(self._epoch.dealers))
-
-    def _vector(self, upload: Envelope) -> RingVector:
-        return np.frombuffer(upload.body["vector"], ring_dtype(self.parameters.ring_bits))
-
-    def _shares_of(self, answer: Envelope) -> NDArray[np.uint32]:
-        dropped = len(self._epoch.dealers) - len(self._epoch.uploads)
-        first = shamir.unpack(answer.body["survivors"], len(self._epoch.uploads))
-        second = shamir.unpack(answer.body["dropped"], dropped)
-        if first is None or second is None:
-            raise BadEncoding(answer.sender, "answer does not hold one share per party of the roster")
-        return np.concatenate([first, second])
-
-    def _seal(self, type_: str, round_id: int, body: dict[str, Any]) -> bytes:
-        return seal(type_, self.parameters.session, self.parameters.epoch, round_id, COORDINATOR, body, None)
+    def _require_opening(self) -> Opening:
+        if self._opening is None:
+            self._opening = opening_of(self._epoch)
+        return self._opening

@@ -1,24 +1,29 @@
-"""The coordinator's state of one epoch and its encoding. Public data only: bundles, signed messages, masked
-vectors.
+"""The coordinator's state of one epoch and its encoding. Public data only: bundles, signed messages, sealed tables,
+a sum of masked vectors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from . import cbor
 from .errors import CorruptState, ProtocolError
 from .fixedpoint import Layout
+from .graph import SharingGraph
 from .keys import COORDINATOR, Directory
+from .masks import RingVector, ring_dtype
 from .outcomes import Fault
 from .policy import EpochParameters
 from .roster import Roster, open_bundle
 from .states import CoordinatorState
 from .wire import Envelope, named_sender, parse
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclass
@@ -27,31 +32,45 @@ class CoordinatorEpoch:
 
     parameters: EpochParameters
     roster: Roster | None = None
-    dealers: tuple[str, ...] = ()
+    holders: dict[str, tuple[str, ...]] = field(default_factory=dict)  # dealer -> who holds its shares
     digests: dict[tuple[str, str], bytes] = field(
         default_factory=dict
     )  # (dealer, holder) -> signed share digests
+    tables: dict[str, bytes] = field(default_factory=dict)  # client -> its sealed pair seeds
     acks: dict[str, bytes] = field(default_factory=dict)
     confirmed: set[str] = field(default_factory=set)  # clients that have seen the acknowledgements
     round: int = 0
     layout: Layout | None = None
     context: bytes = b""
-    uploads: dict[str, Envelope] = field(default_factory=dict)
+    total: RingVector | None = None  # sum of the uploads so far: they are added as they arrive, never kept
+    survivors: tuple[str, ...] = ()
     faults: list[Fault] = field(default_factory=list)
     outbound: dict[str, bytes] = field(default_factory=dict)  # of the current phase
-    inbox: dict[str, Envelope] = field(default_factory=dict)  # valid replies of the current phase
+    settled: dict[str, bytes] = field(default_factory=dict)  # sender -> signature of its reply in this phase
+    inbox: dict[str, Envelope] = field(default_factory=dict)  # valid replies of this phase, but for uploads
     earlier_faults: int = 0  # how many of `faults` are from earlier phases
 
     @property
+    def dealers(self) -> tuple[str, ...]:
+        return tuple(sorted(self.holders))
+
+    @cached_property
+    def graph(self) -> SharingGraph:
+        """Once the dealers are known."""
+        return SharingGraph(self.holders)
+
+    @cached_property
     def transcript(self) -> bytes:
-        return self.roster.transcript(self.dealers) if self.roster and self.dealers else b""
+        """Once the dealers are known."""
+        return self.roster.transcript(self.dealers) if self.roster else b""
 
     @property
     def phase_faults(self) -> list[Fault]:
         return self.faults[self.earlier_faults :]
 
     def begin_phase(self, outbound: dict[str, bytes]) -> None:
-        self.outbound, self.inbox, self.earlier_faults = outbound, {}, len(self.faults)
+        self.outbound, self.settled, self.inbox = outbound, {}, {}
+        self.earlier_faults = len(self.faults)
 
 
 def dump(state: CoordinatorState, min_cohort: int, release: str, epoch: CoordinatorEpoch) -> bytes:
@@ -64,16 +83,19 @@ def dump(state: CoordinatorState, min_cohort: int, release: str, epoch: Coordina
             "release": release,
             "parameters": [p.session, p.epoch, list(p.clients), p.threshold, p.rounds, p.ring_bits],
             "bundles": [bundle.raw for bundle in epoch.roster.bundles] if epoch.roster else [],
-            "dealers": list(epoch.dealers),
+            "holders": {dealer: list(row) for dealer, row in epoch.holders.items()},
             "digests": [[dealer, holder, value] for (dealer, holder), value in epoch.digests.items()],
+            "tables": epoch.tables,
             "acks": epoch.acks,
             "confirmed": sorted(epoch.confirmed),
             "round": epoch.round,
             "layout": [epoch.layout.ring_bits, epoch.layout.describe()] if epoch.layout else [],
             "context": epoch.context,
-            "uploads": {name: envelope.raw for name, envelope in epoch.uploads.items()},
+            "total": [] if epoch.total is None else [epoch.total.tobytes()],
+            "survivors": list(epoch.survivors),
             "faults": [[f.party, f.kind, f.code, f.reason] for f in epoch.faults],
             "outbound": epoch.outbound,
+            "settled": epoch.settled,
             "inbox": {name: envelope.raw for name, envelope in epoch.inbox.items()},
             "earlier_faults": epoch.earlier_faults,
         }
@@ -110,16 +132,19 @@ def _load(fields: Mapping[str, Any], directory: Directory) -> CoordinatorEpoch:
     return CoordinatorEpoch(
         parameters=parameters,
         roster=Roster(parameters, tuple(bundles)) if bundles else None,
-        dealers=tuple(fields["dealers"]),
+        holders={dealer: tuple(row) for dealer, row in fields["holders"].items()},
         digests={(dealer, holder): value for dealer, holder, value in fields["digests"]},
+        tables=dict(fields["tables"]),
         acks=dict(fields["acks"]),
         confirmed=set(fields["confirmed"]),
         round=fields["round"],
         layout=Layout.from_description(layout[1], layout[0]) if layout else None,
         context=fields["context"],
-        uploads={name: parse(raw, name) for name, raw in fields["uploads"].items()},
+        total=np.frombuffer(fields["total"][0], ring_dtype(ring_bits)).copy() if fields["total"] else None,
+        survivors=tuple(fields["survivors"]),
         faults=[Fault(*fault) for fault in fields["faults"]],
         outbound=dict(fields["outbound"]),
+        settled=dict(fields["settled"]),
         inbox={name: parse(raw, name) for name, raw in fields["inbox"].items()},
         earlier_faults=fields["earlier_faults"],
     )

@@ -14,6 +14,7 @@ uses the same coding, which is what makes blind and clear runs equal bit by bit.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -29,6 +30,7 @@ from .masks import RingVector, ring_dtype
 FLOAT_BITS = 53
 MAX_FRACTION_BITS = 64
 MAX_ENTRIES = 2**26
+CHUNK_ENTRIES = 2**15  # stays in the second-level cache
 
 
 @dataclass(frozen=True)
@@ -157,11 +159,15 @@ class Coding:
         values = np.asarray(vector, dtype=np.float64)
         if values.shape != (self.layout.size,):
             raise BadParameters(f"vector has shape {values.shape}, the layout needs ({self.layout.size},)")
-        inside = (values >= self._lo) & (values <= self._hi)  # false for NaN
-        if not inside.all():
-            self._blame(inside)
-        scaled = np.rint(np.multiply(values, self._scale)).astype(np.int64)
-        return scaled.astype(ring_dtype(self.layout.ring_bits))
+        ring = np.empty(self.layout.size, dtype=ring_dtype(self.layout.ring_bits))
+        signed = ring.view(_signed(self.layout.ring_bits))
+        for segment, bits, start, stop in self._chunks():
+            part = values[start:stop]
+            if not (part.min() >= segment.lo and part.max() <= segment.hi):  # false for NaN
+                self._blame(values)
+            # Every rounded value is below 2^(ring_bits - 1) in size: the conversion is exact.
+            signed[start:stop] = np.rint(part * 2.0**bits)
+        return ring
 
     def encode_clear(self, vector: NDArray[np.float64]) -> RingVector:
         """What a client of clear mode sends: the same ring elements without masks."""
@@ -182,19 +188,36 @@ class Coding:
         """
         if not 0 <= contributors <= self.parties:
             raise BadParameters(f"sum of {contributors} contributors, coding made for {self.parties}")
-        signed = total.view(np.dtype(f"<i{self.layout.ring_bits // 8}")).astype(np.float64)
-        bad = (signed < contributors * self._lowest) | (signed > contributors * self._highest)
-        if bad.any():
+        signed = total.view(_signed(self.layout.ring_bits))
+        decoded = np.empty(total.size, dtype=np.float64)
+        bad = 0
+        for segment, bits, start, stop in self._chunks():
+            lowest, highest = np.rint(segment.lo * 2.0**bits), np.rint(segment.hi * 2.0**bits)
+            part = signed[start:stop].astype(np.float64)
+            bad += int(((part < contributors * lowest) | (part > contributors * highest)).sum())
+            np.divide(part, 2.0**bits, out=decoded[start:stop])
+        if bad:
             raise SumOutOfRange(
-                f"{int(bad.sum())} of {total.size} entries lie outside the range of a sum of {contributors} "
+                f"{bad} of {total.size} entries lie outside the range of a sum of {contributors} "
                 "vectors: masks did not cancel, or a party encoded with another layout"
             )
-        return np.asarray(signed / self._scale, dtype=np.float64)
+        return decoded
 
-    def _blame(self, inside: NDArray[np.bool_]) -> None:
+    def _chunks(self) -> Iterator[tuple[Segment, int, int, int]]:
+        """(segment, its fractional bits, start, stop): the layout in pieces, so that no temporary is as long as
+        the vector."""
+        start = 0
+        for segment, bits in zip(self.layout.segments, self.bits, strict=True):
+            stop = start + segment.size
+            for begin in range(start, stop, CHUNK_ENTRIES):
+                yield segment, bits, begin, min(begin + CHUNK_ENTRIES, stop)
+            start = stop
+
+    def _blame(self, values: NDArray[np.float64]) -> None:
         start = 0
         for segment in self.layout.segments:
-            count = int((~inside[start : start + segment.size]).sum())
+            part = values[start : start + segment.size]
+            count = int((~((part >= segment.lo) & (part <= segment.hi))).sum())
             if count:
                 raise OutOfRange(segment.name, count, segment.lo, segment.hi)
             start += segment.size
@@ -202,22 +225,6 @@ class Coding:
     def _spread(self, per_segment: list[float]) -> NDArray[np.float64]:
         return np.repeat(np.array(per_segment, dtype=np.float64), [s.size for s in self.layout.segments])
 
-    @cached_property
-    def _lo(self) -> NDArray[np.float64]:
-        return self._spread([s.lo for s in self.layout.segments])
 
-    @cached_property
-    def _hi(self) -> NDArray[np.float64]:
-        return self._spread([s.hi for s in self.layout.segments])
-
-    @cached_property
-    def _scale(self) -> NDArray[np.float64]:
-        return self._spread([2.0**bits for bits in self.bits])
-
-    @cached_property
-    def _lowest(self) -> NDArray[np.float64]:
-        return np.rint(self._lo * self._scale)
-
-    @cached_property
-    def _highest(self) -> NDArray[np.float64]:
-        return np.rint(self._hi * self._scale)
+def _signed(ring_bits: int) -> np.dtype[Any]:
+    return np.dtype(f"<i{ring_bits // 8}")

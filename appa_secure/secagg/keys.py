@@ -9,14 +9,13 @@ or zeroed where they live in numpy arrays.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 from collections.abc import Callable, Iterator, Mapping
 
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from .errors import BadParameters
 
@@ -24,7 +23,7 @@ Rng = Callable[[int], bytes]
 """Source of randomness: `rng(n)` returns n uniformly random bytes. `os.urandom` outside tests."""
 
 KEY_BYTES = 32
-VERSION = 1
+VERSION = 2
 COORDINATOR = "coordinator"
 MAX_ID_BYTES = 64
 
@@ -52,12 +51,12 @@ def digest(purpose: str, *fields: bytes | str | int) -> bytes:
 
 def derive(secret: bytes, salt: bytes, info: bytes) -> bytes:
     """HKDF-SHA256 (RFC 5869) to 32 bytes; `info` comes from `bind`."""
-    return HKDF(hashes.SHA256(), KEY_BYTES, salt, info).derive(secret)
+    return expand(hmac.digest(salt, secret, "sha256"), info)
 
 
 def expand(key: bytes, info: bytes) -> bytes:
-    """The expand half of HKDF-SHA256, for a `key` that is already uniform."""
-    return HKDFExpand(hashes.SHA256(), KEY_BYTES, info).derive(key)
+    """The expand half of HKDF-SHA256, for a `key` that is already uniform. One block: 32 bytes."""
+    return hmac.digest(key, info + b"\x01", "sha256")
 
 
 def x25519_public(private: bytes) -> bytes:

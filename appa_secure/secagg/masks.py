@@ -21,7 +21,8 @@ RingVector = NDArray[np.unsignedinteger[Any]]
 
 CHUNK_BYTES = 256 * 1024  # stays in the second-level cache
 _ZEROS = bytes(CHUNK_BYTES)
-_COUNTER = bytes(16)
+_CTR = modes.CTR(bytes(16))
+KEYS_AT_ONCE = 1024  # bounds the memory of expanded keys
 
 
 def ring_dtype(ring_bits: int) -> np.dtype[Any]:
@@ -44,19 +45,20 @@ def _mask_info(round_id: int, coding: bytes, context: bytes) -> bytes:
 def apply_masks(vector: RingVector, add: Sequence[bytes], subtract: Sequence[bytes]) -> None:
     """In place: vector += sum of keystreams of the keys in `add` - those of `subtract`, modulo 2^ring_bits.
 
-    Chunk by chunk over all keys, so that a chunk of the vector is in cache for all of them.
+    Chunk by chunk over many keys, so that a chunk of the vector is in cache for all of them.
     """
-    streams = [
-        (Cipher(algorithms.AES(key), modes.CTR(_COUNTER)).encryptor(), operation)
-        for keys, operation in ((add, np.add), (subtract, np.subtract))
-        for key in keys
-    ]
+    signed = [(key, np.add) for key in add] + [(key, np.subtract) for key in subtract]
     step = min(CHUNK_BYTES // vector.itemsize, vector.size)
     scratch = bytearray(step * vector.itemsize)
     stream = np.frombuffer(scratch, dtype=vector.dtype)
     zeros = memoryview(_ZEROS)
-    for start in range(0, vector.size, step or 1):
-        part = vector[start : start + step]
-        for encryptor, operation in streams:
-            encryptor.update_into(zeros[: part.nbytes], scratch)
-            operation(part, stream[: part.size], out=part)
+    for first in range(0, len(signed), KEYS_AT_ONCE):
+        streams = [
+            (Cipher(algorithms.AES(key), _CTR).encryptor(), operation)
+            for key, operation in signed[first : first + KEYS_AT_ONCE]
+        ]
+        for start in range(0, vector.size, step or 1):
+            part = vector[start : start + step]
+            for encryptor, operation in streams:
+                encryptor.update_into(zeros[: part.nbytes], scratch)
+                operation(part, stream[: part.size], out=part)

@@ -1,138 +1,282 @@
-"""Opening a round: shares to secrets, secrets to the plain sum, wrong shares to their author.
+"""Opening a round: shares to secrets, secrets to the plain sum, every lie to its author.
 
-Only secrets of the one round are ever reconstructed: the self-mask seeds of its survivors, the one-time mask
-keys of its dropped parties. Each is checked against what its owner committed to at set-up. On a mismatch
-every share is compared with the digests its dealer signed: shares that differ are their holder's fault, that
-holder's answer is set aside and the rest goes on; if all agree and still no secret comes out, the dealer
-dealt badly.
+Only secrets of the one round are ever rebuilt, in this order: the answer keys of the survivors that answered and the
+mask keys of the dropped parties, from shares in clear; with the answer keys the sealed parts of the answers; from
+those the self-mask seeds of all survivors. Each secret is checked against its owner's commitment. On a mismatch the
+shares of that secret are compared with the digests their dealer signed: shares that differ are their holder's fault
+and are left out; if all agree and still no secret comes out, the dealer dealt badly.
+
+The pair seeds of a dropped party come from its own table, which its mask key opens: no key agreement. Each is
+compared with what the survivor at the other end says of it. Where they differ, or the survivor fell silent, the mask
+key gives the true seed by X25519, and tells who lied. So the outcome is the exact sum, or a named abort.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 
 import numpy as np
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from numpy.typing import NDArray
 
 from . import shamir
-from .errors import BadShare, BelowThreshold
+from .errors import BadEncoding, BadShare, BelowThreshold, RemoteMisbehaviour
 from .fixedpoint import Coding
-from .keys import COORDINATOR, agree, x25519_public
+from .graph import SharingGraph
+from .keys import COORDINATOR, KEY_BYTES, agree, x25519_public
 from .masks import RingVector, apply_masks, mask_key
-from .roster import MASK_KEY, SEED, Roster, pair_seed, seed_commitment, self_seed, share_matches
+from .roster import Roster
+from .schedule import (
+    ANSWER_KEY,
+    CHECK_BYTES,
+    MASK_KEY,
+    SEED,
+    answer_key,
+    pair_check,
+    pair_seed,
+    secret_commitment,
+    self_seed,
+    share_matches,
+    split,
+    table_key,
+)
+from .wire import Envelope
+
+TAG_BYTES = 16
+_NONCE = bytes(12)  # every key here encrypts one message
+
+Shares = NDArray[np.uint32]  # (wards, 9) of one holder, in the order of its wards
 
 
-@dataclass(frozen=True)
-class Answers:
-    """Shares by holder: row i belongs to the i-th name of `survivors + dropped`; (names, 9) each."""
+@dataclass
+class Opening:
+    """One round about to be opened. `culprits` fills up with whoever is caught, also when the round fails.
 
+    `digests[dealer, holder]` are the signed share digests of set-up, `tables[client]` the sealed pair seeds.
+    """
+
+    roster: Roster
+    graph: SharingGraph
+    transcript: bytes
+    round_id: int
     survivors: tuple[str, ...]
     dropped: tuple[str, ...]
-    shares: Mapping[str, NDArray[np.uint32]]
+    digests: Mapping[tuple[str, str], bytes]
+    tables: Mapping[str, bytes]
+    culprits: dict[str, str] = field(default_factory=dict)  # client -> what it did
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.survivors + self.dropped
+    def check(self, answer: Envelope) -> Shares:
+        """The shares in clear of an answer, (wards, 9); raises `BadEncoding` when a field has a wrong size."""
+        wards, gone = self.graph.wards[answer.sender], self._gone
+        shares = shamir.unpack(answer.body["shares"], len(wards))
+        alive = sum(ward not in gone for ward in wards)
+        if (
+            shares is None
+            or len(answer.body["checks"]) != CHECK_BYTES * len(self._dropped_peers(answer.sender))
+            or len(answer.body["seeds"]) != shamir.SHARE_BYTES * alive + TAG_BYTES
+        ):
+            raise BadEncoding(answer.sender, "answer does not hold one share per party it holds shares of")
+        return shares
 
+    def remove_masks(
+        self, total: RingVector, coding: Coding, context: bytes, answers: Mapping[str, Envelope]
+    ) -> None:
+        """In place: from the sum of the survivors' uploads to the sum of their encoded vectors.
 
-def reconstruct(
-    roster: Roster, round_id: int, answers: Answers, digests: Mapping[tuple[str, str], bytes]
-) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """Secrets of the round by owner (seed for a survivor, private key for a dropped party), and the culprits
-    found.
+        Raises `BelowThreshold` when a secret that is needed has fewer than threshold good shares, `BadShare`
+        naming a dealer whose own shares give no secret.
+        """
+        seeds, mask_keys = self._secrets(answers)
+        p, r = self.roster.parameters, self.round_id
+        add: list[bytes] = []
+        subtract = [self_seed(seeds[name], self.transcript, p, name, r) for name in self.survivors]
+        for gone in self.dropped:
+            for name, seed in self._pair_seeds(gone, mask_keys[gone], answers):
+                # A survivor added the mask of every peer with a larger id and subtracted the others'.
+                (subtract if name < gone else add).append(seed)
+        plus, minus = ([mask_key(s, r, coding.digest, context) for s in part] for part in (add, subtract))
+        apply_masks(total, plus, minus)
 
-    `digests[dealer, holder]` are the signed share digests of set-up. Raises `BelowThreshold` when fewer than
-    threshold good answers are left, `BadShare` naming a dealer whose own shares give no secret.
-    """
-    threshold = roster.parameters.threshold
-    culprits: set[str] = set()
-    while True:
-        holders = [holder for holder in sorted(answers.shares) if holder not in culprits]
-        if len(holders) < threshold:
-            raise BelowThreshold(
-                COORDINATOR,
-                f"{len(holders)} usable answers, the threshold is {threshold}; nothing was opened",
-            )
-        chosen = holders[:threshold]
-        stack = np.stack([answers.shares[holder] for holder in chosen])  # (t, names, 9)
-        found = shamir.combine([roster.point(holder) for holder in chosen], stack)
-        secrets = {
-            name: secret for name, secret in zip(answers.names, found, strict=True) if secret is not None
+    def _secrets(self, answers: Mapping[str, Envelope]) -> tuple[dict[str, bytes], dict[str, bytes]]:
+        """(self-mask seeds of the survivors, mask keys of the dropped)."""
+        kinds = {**dict.fromkeys(answers, ANSWER_KEY), **dict.fromkeys(self.dropped, MASK_KEY)}
+        found, failed = self._reconstruct(kinds, {name: self.check(e) for name, e in answers.items()})
+        self._require(self.dropped, failed)
+        sealed = {
+            name: shares
+            for name in answers
+            if name in found and (shares := self._unseal(answers[name], found[name])) is not None
         }
-        wrong = [
-            name
-            for name in answers.names
-            if not _is_committed(roster, round_id, name, answers, secrets.get(name))
-        ]
-        if not wrong:
-            return secrets, tuple(sorted(culprits))
-        blamed = _wrong_holders(roster, round_id, answers, digests, holders)
-        if not blamed:
-            raise BadShare(
-                wrong[0], f"round {round_id}: the shares it dealt do not give the secret it committed to"
+        seeds, failed = self._reconstruct(dict.fromkeys(self.survivors, SEED), sealed)
+        self._require(self.survivors, failed)
+        return seeds, {name: found[name] for name in self.dropped}
+
+    def _require(self, owners: Iterable[str], failed: Mapping[str, RemoteMisbehaviour]) -> None:
+        for owner in owners:
+            if owner in failed:
+                raise failed[owner]
+
+    def _unseal(self, answer: Envelope, secret: bytes) -> Shares | None:
+        """Seed shares by ward (zero for dropped ones), or None and a culprit when its seal is not its own."""
+        name = answer.sender
+        key = answer_key(secret, self.transcript, self.roster.parameters, name, self.round_id)
+        alive = np.array([ward not in self._gone for ward in self.graph.wards[name]])
+        try:
+            plain = ChaCha20Poly1305(key).decrypt(_NONCE, answer.body["seeds"], None)
+        except InvalidTag:
+            self.culprits[name] = "sealed its answer under another key than it dealt"
+            return None
+        found = shamir.unpack(plain, int(alive.sum()))
+        if found is None:
+            self.culprits[name] = "sealed an answer that does not hold shares"
+            return None
+        shares = np.zeros((len(alive), shamir.LIMBS), np.uint32)
+        shares[alive] = found
+        return shares
+
+    def _reconstruct(
+        self, kinds: Mapping[str, int], shares: Mapping[str, Shares]
+    ) -> tuple[dict[str, bytes], dict[str, RemoteMisbehaviour]]:
+        """Secrets by owner, and for the owners without one the reason. `kinds[owner]` says which of its secrets;
+        `shares[holder]` has a row for each ward."""
+        graph, threshold = self.graph, self.roster.parameters.sharing.threshold
+        starts = dict(zip(shares, np.cumsum([0, *map(len, shares.values())]).tolist(), strict=False))
+        pool = np.concatenate(list(shares.values())) if shares else np.zeros((0, shamir.LIMBS), np.uint32)
+        secrets: dict[str, bytes] = {}
+        failed: dict[str, RemoteMisbehaviour] = {}
+        bad: set[tuple[str, str]] = set()
+        pending = list(kinds)
+        while pending:
+            owners, points, rows = [], [], []
+            for owner in pending:
+                usable = (
+                    (i, starts[holder] + slot)
+                    for i, (holder, slot) in enumerate(
+                        zip(graph.holders[owner], graph.slots[owner], strict=True), start=1
+                    )
+                    if holder in starts and (owner, holder) not in bad
+                )
+                chosen = list(islice(usable, threshold))
+                if len(chosen) < threshold:
+                    failed[owner] = BelowThreshold(
+                        COORDINATOR,
+                        f"{len(chosen)} usable answers, the threshold is {threshold}; nothing was opened",
+                    )
+                    continue
+                owners.append(owner)
+                points.append([point for point, _ in chosen])
+                rows.append([row for _, row in chosen])
+            pending = []
+            if not owners:
+                break
+            found = shamir.combine(np.array(points), pool[np.array(rows)])
+            for owner, secret in zip(owners, found, strict=True):
+                if secret is not None and self._is_committed(owner, kinds[owner], secret):
+                    secrets[owner] = secret
+                elif liars := self._wrong_holders(owner, kinds[owner], shares, bad):
+                    bad |= {(owner, holder) for holder in liars}
+                    self.culprits |= dict.fromkeys(liars, "handed in shares it was not dealt")
+                    pending.append(owner)
+                else:
+                    reason = (
+                        f"round {self.round_id}: the shares it dealt do not give the secret it committed to"
+                    )
+                    self.culprits[owner] = reason
+                    failed[owner] = BadShare(owner, reason)
+        return secrets, failed
+
+    def _is_committed(self, owner: str, kind: int, secret: bytes) -> bool:
+        expected = self.roster.bundle(owner).commitment(self.round_id, kind)
+        return secret_commitment(self.roster.parameters, owner, self.round_id, kind, secret) == expected
+
+    def _wrong_holders(
+        self, owner: str, kind: int, shares: Mapping[str, Shares], known: set[tuple[str, str]]
+    ) -> list[str]:
+        return [
+            holder
+            for holder, slot in zip(self.graph.holders[owner], self.graph.slots[owner], strict=True)
+            if holder in shares
+            and (owner, holder) not in known
+            and not share_matches(
+                self.roster.parameters,
+                owner,
+                holder,
+                self.digests[owner, holder],
+                self.round_id,
+                kind,
+                shamir.pack(shares[holder][slot]),
             )
-        culprits |= blamed
+        ]
 
+    def _pair_seeds(
+        self, gone: str, mask_private: bytes, answers: Mapping[str, Envelope]
+    ) -> Iterable[tuple[str, bytes]]:
+        """(survivor, seed of its mask with the dropped party `gone`) for every survivor it masked with."""
+        row = self._open_row(gone, mask_private)
+        for position, name in enumerate(self.graph.peers[gone]):
+            if name in self._gone:
+                continue
+            claimed = row[position] if row else b""
+            said = self._checks(answers[name])[gone] if name in answers else b""
+            if claimed and pair_check(claimed) == said:
+                yield name, claimed
+            else:
+                yield name, self._agree(gone, mask_private, name, claimed, said)
 
-def _is_committed(roster: Roster, round_id: int, name: str, answers: Answers, secret: bytes | None) -> bool:
-    if secret is None:
-        return False
-    bundle = roster.bundle(name)
-    if name in answers.survivors:
-        return seed_commitment(roster.parameters, name, round_id, secret) == bundle.commitment(round_id)
-    return x25519_public(secret) == bundle.mask_key(round_id)
+    def _agree(self, gone: str, mask_private: bytes, name: str, claimed: bytes, said: bytes) -> bytes:
+        """The true pair seed by key agreement; whoever said otherwise is a culprit."""
+        if x25519_public(mask_private) != self.roster.bundle(gone).mask_key(self.round_id):
+            reason = f"round {self.round_id}: the mask key it shared is not the one in its bundle"
+            self.culprits[gone] = reason
+            raise BadShare(gone, reason)
+        try:
+            shared = agree(
+                X25519PrivateKey.from_private_bytes(mask_private),
+                self.roster.bundle(name).mask_key(self.round_id),
+            )
+        except ValueError:
+            raise BadShare(name, "its mask key is a low-order point") from None
+        seed = pair_seed(shared, self.transcript, self.roster.parameters, name, gone, self.round_id)
+        if gone in self.tables and claimed != seed:  # who missed the start has no table, and no blame
+            self.culprits[gone] = "sealed pair seeds that are not those of its mask key"
+        if said and said != pair_check(seed):
+            self.culprits[name] = f"gave a wrong check of its pair seed with '{gone}'"
+        return seed
 
+    def _open_row(self, gone: str, mask_private: bytes) -> list[bytes]:
+        """The pair seeds in the table of a dropped party, in the order of its peers; empty if it cannot be
+        read or it sent none."""
+        if gone not in self.tables:
+            return []
+        size = KEY_BYTES * len(self.graph.peers[gone]) + TAG_BYTES
+        sealed = self.tables[gone][size * (self.round_id - 1) : size * self.round_id]
+        key = table_key(mask_private, self.transcript, self.roster.parameters, gone, self.round_id)
+        try:
+            return list(split(ChaCha20Poly1305(key).decrypt(_NONCE, sealed, None)))
+        except InvalidTag:
+            return []
 
-def _wrong_holders(
-    roster: Roster,
-    round_id: int,
-    answers: Answers,
-    digests: Mapping[tuple[str, str], bytes],
-    holders: Sequence[str],
-) -> set[str]:
-    return {
-        holder
-        for holder in holders
-        for name, share in zip(answers.names, answers.shares[holder], strict=True)
-        if not share_matches(
-            roster.parameters,
-            name,
-            holder,
-            digests[name, holder],
-            round_id,
-            SEED if name in answers.survivors else MASK_KEY,
-            shamir.pack(share),
-        )
-    }
+    @cached_property
+    def _gone(self) -> frozenset[str]:
+        return frozenset(self.dropped)
 
+    def _dropped_peers(self, name: str) -> list[str]:
+        return [peer for peer in self.graph.peers[name] if peer in self._gone]
 
-def remove_masks(
-    total: RingVector,
-    roster: Roster,
-    transcript: bytes,
-    round_id: int,
-    coding: Coding,
-    context: bytes,
-    answers: Answers,
-    secrets: Mapping[str, bytes],
-) -> None:
-    """In place: from the sum of the survivors' uploads to the sum of their encoded vectors."""
-    p = roster.parameters
-    subtract = [
-        mask_key(self_seed(secrets[name], transcript, p, name, round_id), round_id, coding.digest, context)
-        for name in answers.survivors
-    ]
-    add: list[bytes] = []
-    for gone in answers.dropped:
-        private = X25519PrivateKey.from_private_bytes(secrets[gone])
-        for name in answers.survivors:
-            try:
-                shared = agree(private, roster.bundle(name).mask_key(round_id))
-            except ValueError:
-                raise BadShare(name, "its mask key is a low-order point") from None
-            seed = pair_seed(shared, transcript, p, name, gone, round_id)
-            # A survivor added the mask of every peer with a larger id and subtracted the others'.
-            (subtract if name < gone else add).append(mask_key(seed, round_id, coding.digest, context))
-    apply_masks(total, add, subtract)
+    def _checks(self, answer: Envelope) -> dict[str, bytes]:
+        """What a survivor says of its pair seeds, by dropped peer."""
+        found = self._said.get(answer.sender)
+        if found is None:
+            checks = split(answer.body["checks"], CHECK_BYTES)
+            found = dict(zip(self._dropped_peers(answer.sender), checks, strict=True))
+            self._said[answer.sender] = found
+        return found
+
+    @cached_property
+    def _said(self) -> dict[str, dict[str, bytes]]:
+        return {}

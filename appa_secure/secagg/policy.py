@@ -15,9 +15,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Literal
 
 from .errors import BadParameters, CohortTooSmall, PolicyViolation, UnknownParty
+from .graph import COMPLETE_UP_TO, Sharing, complete, sparse
 from .keys import COORDINATOR, Directory, check_id, digest
 from .wire import Envelope, check_session
 
@@ -62,7 +64,22 @@ class EpochParameters:
         if self.ring_bits not in (32, 64):
             raise BadParameters(f"ring_bits {self.ring_bits}: use 32 or 64")
 
+    @cached_property
+    def sharing(self) -> Sharing:
+        """Who shares with how many, and how many shares open a secret. Public, the same for everyone."""
+        n = len(self.clients)
+        return complete(n, self.threshold) if n <= COMPLETE_UP_TO else sparse(n)
+
+    @property
+    def quorum(self) -> int:
+        """The fewest clients a roster of bundles may have: holders are drawn from it."""
+        return max(self.threshold, self.sharing.quorum)
+
     def digest(self) -> bytes:
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> bytes:  # every bundle is compared with it
         head = digest("proposal", self.session, self.epoch, self.threshold, self.rounds, self.ring_bits)
         return digest("proposal-clients", head, *self.clients)
 

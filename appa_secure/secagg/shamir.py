@@ -7,7 +7,6 @@ shares are independent of the secret.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -23,6 +22,7 @@ SECRET_BYTES = 32
 SHARE_BYTES = 4 * LIMBS
 MAX_POINT = 2**16
 
+_P = np.uint64(PRIME)
 _WEIGHTS = (np.uint32(1) << np.arange(LIMB_BITS, dtype=np.uint32)).astype(np.uint32)
 
 
@@ -43,21 +43,24 @@ def share(secrets: NDArray[np.uint8], threshold: int, points: int, rng: Rng) -> 
     x = np.arange(1, points + 1, dtype=np.uint64)[:, None, None]
     values = np.zeros((points, *limbs.shape), dtype=np.uint64)
     for row in coefficients:  # Horner, highest power first; x * value < 2^16 * 2^31
-        values = (values + row) * x % PRIME
-    values = (values + limbs) % PRIME
+        values = (values + row) * x % _P
+    values = (values + limbs) % _P
     return values.astype(np.uint32)
 
 
-def combine(points: Sequence[int], shares: NDArray[np.uint32]) -> list[bytes | None]:
-    """Secrets from exactly the given shares: `shares` is (len(points), S, 9) with distinct points.
+def combine(points: NDArray[np.int64], shares: NDArray[np.uint32]) -> list[bytes | None]:
+    """Secrets from exactly the given shares: `points` is (S, t) with distinct points in every row, `shares`
+    (S, t, 9).
 
     None where the result is not 32 bytes in limbs, which no honestly dealt secret is. A wrong share otherwise
     gives a wrong secret: the caller checks each against its commitment.
     """
-    total = np.zeros(shares.shape[1:], dtype=np.uint64)
-    for weight, row in zip(_lagrange(tuple(points)), shares, strict=True):
-        total += row.astype(np.uint64) * np.uint64(weight) % np.uint64(PRIME)
-    return _from_limbs((total % np.uint64(PRIME)).astype(np.uint32))
+    if not len(points):
+        return []
+    rows, of_row = np.unique(points, axis=0, return_inverse=True)
+    weights = _lagrange(rows.tobytes(), points.shape[1])[of_row.reshape(-1)]  # (S, t)
+    terms = shares.astype(np.uint64) * weights[:, :, None] % _P  # (S, t, 9)
+    return _from_limbs((terms.sum(axis=1) % _P).astype(np.uint32))
 
 
 def pack(shares: NDArray[np.uint32]) -> bytes:
@@ -75,20 +78,31 @@ def unpack(data: bytes, count: int) -> NDArray[np.uint32] | None:
     return shares
 
 
-@lru_cache(maxsize=64)
-def _lagrange(points: tuple[int, ...]) -> tuple[int, ...]:
-    """Weights of f(0) = sum_i w_i f(x_i) mod p."""
-    if len(set(points)) != len(points) or not all(0 < x <= MAX_POINT for x in points):
+@lru_cache(maxsize=8)  # the same holders answer in round after round
+def _lagrange(points: bytes, threshold: int) -> NDArray[np.uint64]:
+    """(U, t) weights of f(0) = sum_i w_i f(x_i) mod p for (U, t) int64 points, distinct in every row."""
+    rows = np.frombuffer(points, np.int64).reshape(-1, threshold)
+    ordered = np.sort(rows, axis=1)
+    if ordered.min() < 1 or ordered.max() > MAX_POINT or (ordered[:, 1:] == ordered[:, :-1]).any():
         raise BadParameters("points to combine must be distinct and positive")
-    weights = []
-    for x in points:
-        above = below = 1
-        for other in points:
-            if other != x:
-                above = above * other % PRIME
-                below = below * (other - x) % PRIME
-        weights.append(above * pow(below, -1, PRIME) % PRIME)
-    return tuple(weights)
+    x = rows.astype(np.uint64)
+    above, below = np.ones_like(x), np.ones_like(x)
+    others = ~np.eye(threshold, dtype=bool)
+    for i, other in enumerate(others):
+        point = x[:, i, None]
+        above = above * np.where(other, point, np.uint64(1)) % _P
+        below = below * np.where(other, point + _P - x, np.uint64(1)) % _P
+    return above * _inverse(below) % _P
+
+
+def _inverse(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """values^(p - 2) mod p (Fermat)."""
+    result = np.ones_like(values)
+    for bit in bin(PRIME - 2)[2:]:
+        result = result * result % _P
+        if bit == "1":
+            result = result * values % _P
+    return result
 
 
 def _uniform(shape: tuple[int, ...], rng: Rng) -> NDArray[np.uint64]:

@@ -27,7 +27,7 @@ MAX_SESSION_BYTES = 64
 
 PROPOSE, BUNDLE = "propose", "bundle"
 ROSTER, SHARES, PACKET = "roster", "shares", "packet"
-START, ACK = "start", "ack"
+START, READY, ACK = "start", "ready", "ack"
 ROUND, UPLOAD = "round", "upload"
 UNMASK, ANSWER = "unmask", "answer"
 CLOSE, REFUSAL = "close", "refusal"
@@ -51,11 +51,12 @@ BODIES: dict[str, dict[str, str]] = {
         "digests": "bytes",
     },
     START: {"dealers": "[text]", "packets": "[bytes]"},
+    READY: {"ack": "bytes", "table": "bytes"},
     ACK: {"transcript": "bytes:32"},
     ROUND: {"coding": "bytes:32", "context": "bytes:32", "acks": "[bytes]"},
     UPLOAD: {"coding": "bytes:32", "context": "bytes:32", "vector": "bytes"},
     UNMASK: {"survivors": "[text]", "dropped": "[text]"},
-    ANSWER: {"survivors": "bytes", "dropped": "bytes"},
+    ANSWER: {"shares": "bytes", "checks": "bytes", "seeds": "bytes"},
     CLOSE: {},
     REFUSAL: {"refused": "text", "code": "text", "reason": "text"},
 }

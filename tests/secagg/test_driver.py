@@ -20,7 +20,9 @@ from appa_secure.secagg import (
     close_epoch,
     resume,
 )
+from appa_secure.secagg.schedule import MASK_KEY, SEED
 from appa_secure.secagg.shamir import SHARE_BYTES
+from appa_secure.secagg.wire import parse
 from tests.secagg.world import CONTEXT, LAYOUT, SESSION, World, reseal
 
 PHASES = ("propose", "roster", "start", "round", "unmask")
@@ -111,22 +113,21 @@ def test_a_corrupted_share_is_pinned_on_its_author_and_survived(wrong: int) -> N
     def corrupt(name, envelope):
         if envelope.type != "answer" or name not in culprits:
             return envelope.raw
-        body = dict(envelope.body)
-        field = "dropped" if name == culprits[0] else "survivors"
-        share = bytearray(body[field])
-        share[2] ^= 1  # not the lowest bits: X25519 ignores three of them
-        return reseal(envelope, {**body, field: bytes(share)}, world.identities[name])
+        wards = world.coordinator._epoch.graph.wards[name]
+        share = bytearray(envelope.body["shares"])
+        share[SHARE_BYTES * wards.index(world.names[7]) + 2] ^= 1  # of the dropped party's mask key
+        return reseal(envelope, {**envelope.body, "shares": bytes(share)}, world.identities[name])
 
     world.inbound = corrupt
     outcome = world.round(1)
     if 7 - wrong >= world.coordinator.parameters.threshold:
         assert isinstance(outcome, Aggregate)
         assert outcome.culprits == culprits
-        assert {f.party for f in outcome.faults if f.code == "BadShare"} == set(culprits)
         np.testing.assert_array_equal(outcome.ring_sum, world.ring_sum(world.names[:7]))
     else:
         assert isinstance(outcome, Aborted)
         assert outcome.code == "BelowThreshold"
+    assert {f.party for f in outcome.faults if f.code == "BadShare"} == set(culprits)
 
 
 def test_a_dealer_whose_shares_give_no_secret_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +136,9 @@ def test_a_dealer_whose_shares_give_no_secret_is_named(monkeypatch: pytest.Monke
     original = world.clients[liar].deal_shares
 
     def deal(message: bytes) -> bytes:
-        world.clients[liar]._epoch.seeds[:] ^= 1  # shares of other seeds than the committed ones
+        world.clients[liar]._epoch.secrets[:, SEED] ^= 1  # shares of other seeds than the committed ones
         reply = original(message)
-        world.clients[liar]._epoch.seeds[:] ^= 1
+        world.clients[liar]._epoch.secrets[:, SEED] ^= 1
         return reply
 
     monkeypatch.setattr(world.clients[liar], "deal_shares", deal)
@@ -153,7 +154,7 @@ def test_short_answer_is_reported_and_survived() -> None:
 
     def shorten(name, envelope):
         if envelope.type == "answer" and name == world.names[0]:
-            body = {**envelope.body, "survivors": envelope.body["survivors"][SHARE_BYTES:]}
+            body = {**envelope.body, "shares": envelope.body["shares"][SHARE_BYTES:]}
             return reseal(envelope, body, world.identities[name])
         return envelope.raw
 
@@ -191,9 +192,10 @@ def test_everybody_may_be_killed_between_any_two_messages(crash_at: str) -> None
             if crash_at in set(map(_type, outcome.outbound.values())):
                 _restart(world)
                 # asked again, every client gives the identical reply
-                assert world.exchange(outcome.outbound) == {
-                    name: envelope.raw for name, envelope in world.coordinator._epoch.inbox.items()
-                }
+                replies = world.exchange(outcome.outbound)
+                assert {
+                    name: parse(raw, name).signature for name, raw in replies.items()
+                } == world.coordinator._epoch.settled
                 assert world.coordinator.pending().outbound == {}
             outcome = world.coordinator.advance()
         return outcome
@@ -236,8 +238,7 @@ def test_closing_destroys_secrets_everywhere() -> None:
     epochs = [client._epoch for client in world.clients.values()]
     close_epoch(world.coordinator, world.exchange)
     for epoch, client in zip(epochs, world.clients.values(), strict=True):
-        secrets = (epoch.seeds, epoch.pair_seeds, epoch.held, epoch.mask_privates)
-        assert not any(secret.any() for secret in secrets)
+        assert not any(secret.any() for secret in (epoch.secrets, epoch.pair_seeds, epoch.held))
         assert client.state.value == "idle"
     assert isinstance(world.setup(2), EpochReady)
     assert world.coordinator.parameters.session == SESSION
@@ -249,10 +250,10 @@ def test_used_rounds_leave_no_secrets() -> None:
     world.round(2)
     for client in world.clients.values():
         epoch = client._epoch
-        assert not any(a.any() for a in (epoch.seeds[:2], epoch.pair_seeds[:, :2], epoch.held[:, :2]))
-        assert not epoch.mask_privates.any()
+        assert not any(a.any() for a in (epoch.secrets[:2], epoch.pair_seeds[:2], epoch.held[:2]))
+        assert not epoch.secrets[:, MASK_KEY].any()
         assert epoch.encryption_private == b""
-        assert epoch.seeds[2].any()
+        assert epoch.secrets[2, SEED].any()
 
 
 def test_machines_and_keys_do_not_print_secrets() -> None:

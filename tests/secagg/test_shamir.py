@@ -33,16 +33,27 @@ def test_any_threshold_subset_gives_the_secrets(points: int, data: st.DataObject
     assert dealt.shape == (points, len(secrets), LIMBS)
     chosen = data.draw(st.permutations(range(1, points + 1)))[:t]
     rows = dealt[[x - 1 for x in chosen]]
-    assert combine(chosen, rows) == secrets
+    points = np.tile(chosen, (len(secrets), 1))
+    assert combine(points, rows.transpose(1, 0, 2)) == secrets
     limbs = [int.from_bytes(secrets[0], "little") >> (30 * k) & (2**30 - 1) for k in range(LIMBS)]
     assert [oracle(chosen, [int(v) for v in rows[:, 0, k]]) for k in range(LIMBS)] == limbs
+
+
+def test_secrets_with_different_holders_are_combined_at_once() -> None:
+    secrets = np.arange(96, dtype=np.uint8).reshape(3, 32)
+    dealt = share(secrets, 3, 6, seeded("many"))  # (6, 3, 9)
+    points = np.array([[1, 2, 3], [6, 2, 4], [3, 1, 5]])
+    shares = np.stack([dealt[row - 1, i] for i, row in enumerate(points)])
+    assert combine(points, shares) == [secret.tobytes() for secret in secrets]
+    with pytest.raises(BadParameters, match="distinct"):
+        combine(np.array([[1, 1, 2]]), shares[:1])
 
 
 def test_fewer_than_threshold_shares_fit_every_secret() -> None:
     """t - 1 shares and ANY claimed secret lie on one polynomial, so they say nothing about the real one."""
     secret = np.arange(32, dtype=np.uint8)[None]
     dealt = share(secret, 3, 5, seeded("a"))
-    found = combine([1, 2], dealt[:2])
+    found = combine(np.array([[1, 2]]), dealt[:2].transpose(1, 0, 2))
     assert found != [secret.tobytes()]
     # the first limb of two shares is as good as uniform over many sharings
     first = [int(share(secret, 3, 5, seeded(i))[0, 0, 0]) for i in range(400)]

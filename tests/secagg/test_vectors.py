@@ -14,7 +14,7 @@ from appa_secure.secagg.keys import bind, derive
 from appa_secure.secagg.masks import apply_masks, mask_key
 from appa_secure.secagg.shamir import combine, unpack
 from tests.secagg.world import World
-from tests.vectors.make_secagg import attempt, epoch, parties
+from tests.vectors.make_secagg import attempt, epoch, key_schedule, parties
 
 VECTORS = Path(__file__).parent.parent / "vectors" / "secagg"
 KNOWN: dict[str, Any] = json.loads((VECTORS / "known_answers.json").read_text(encoding="utf-8"))
@@ -62,7 +62,9 @@ def test_shares() -> None:
     case = KNOWN["shamir"]
     rows = np.stack([unpack(bytes.fromhex(row), 1) for row in case["shares"]])
     for points in ([1, 2, 3], [5, 1, 4]):
-        assert combine(points, rows[[x - 1 for x in points]]) == [bytes.fromhex(case["secret"])]
+        assert combine(np.array([points]), rows[[x - 1 for x in points]].transpose(1, 0, 2)) == [
+            bytes.fromhex(case["secret"])
+        ]
 
 
 def test_coding() -> None:
@@ -70,6 +72,10 @@ def test_coding() -> None:
     coding = Layout.from_description(case["layout"], case["ring_bits"]).preflight(case["parties"])
     assert (list(coding.bits), coding.digest.hex()) == (case["bits"], case["digest"])
     assert coding.encode(np.array([float.fromhex(v) for v in case["vector"]])).tobytes().hex() == case["out"]
+
+
+def test_key_schedule() -> None:
+    assert key_schedule() == KNOWN["schedule"]
 
 
 def test_a_whole_epoch_replays_byte_for_byte() -> None:

@@ -18,9 +18,23 @@ from typing import Any
 import numpy as np
 
 from appa_secure.secagg import Aggregate, ClientMachine, Headroom, Layout, OutOfRange, ProtocolError, Segment
+from appa_secure.secagg.graph import sparse
 from appa_secure.secagg.keys import bind, derive
 from appa_secure.secagg.masks import apply_masks, mask_key
-from appa_secure.secagg.shamir import pack, share
+from appa_secure.secagg.policy import EpochParameters
+from appa_secure.secagg.schedule import (
+    KINDS,
+    answer_key,
+    pair_check,
+    pair_seed,
+    secret_commitment,
+    self_seed,
+    share_context,
+    share_digests,
+    share_key,
+    table_key,
+)
+from appa_secure.secagg.shamir import SHARE_BYTES, pack, share
 from appa_secure.secagg.wire import parse
 from tests.secagg.world import CONTEXT, LAYOUT, World, reseal, seeded
 
@@ -68,8 +82,34 @@ def known_answers() -> dict[str, Any]:
             "vector": [v.hex() for v in vector],
             "out": coding.encode(np.array(vector)).tobytes().hex(),
         },
+        "schedule": key_schedule(),
         "epoch": epoch(),
     }
+
+
+def key_schedule() -> dict[str, Any]:
+    """Every derivation of `appa_secure/secagg/schedule.py` for one set of inputs, and the graph's degrees."""
+    p = EpochParameters(b"vector", 3, ("a", "b", "c"), 2, 4, 64)
+    secret, transcript, roster = bytes(range(32)), b"\1" * 32, b"\2" * 32
+    share_bytes = bytes(SHARE_BYTES) + bytes(range(SHARE_BYTES))
+    return {
+        "inputs": {
+            "session": p.session.hex(), "epoch": 3, "clients": list(p.clients), "threshold": 2, "rounds": 4,
+            "ring_bits": 64, "round": 2, "secret": secret.hex(), "transcript": transcript.hex(),
+            "roster": roster.hex(), "shares": share_bytes.hex(),
+        },
+        "proposal": p.digest().hex(),
+        "commitments": [secret_commitment(p, "a", 2, kind, secret).hex() for kind in range(KINDS)],
+        "self_seed": self_seed(secret, transcript, p, "a", 2).hex(),
+        "pair_seed": pair_seed(secret, transcript, p, "b", "a", 2).hex(),
+        "pair_check": pair_check(secret).hex(),
+        "table_key": table_key(secret, transcript, p, "a", 2).hex(),
+        "answer_key": answer_key(secret, transcript, p, "a", 2).hex(),
+        "share_key": share_key(secret, roster, p, "a", "b").hex(),
+        "share_context": share_context(p, roster, "a", "b").hex(),
+        "share_digests": share_digests(p, "a", "b", share_bytes).hex(),
+        "sharing": [[n, sparse(n).degree, sparse(n).threshold, sparse(n).quorum] for n in (101, 300, 1000)],
+    }  # fmt: skip
 
 
 def epoch() -> dict[str, Any]:

@@ -1,0 +1,274 @@
+"""Lies about dropped parties' masks: the sum stays exact and the liar is named. Mixed partitions open nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from appa_secure.secagg import (
+    Aggregate,
+    ClientMachine,
+    CoordinatorMachine,
+    CoordinatorState,
+    EpochReady,
+    dealing,
+    opening,
+    policy,
+)
+from appa_secure.secagg.graph import Sharing
+from appa_secure.secagg.opening import Opening
+from appa_secure.secagg.schedule import ANSWER_KEY, MASK_KEY, SEED, answer_key
+from appa_secure.secagg.shamir import pack
+from appa_secure.secagg.wire import parse
+from tests.secagg.world import CONTEXT, LAYOUT, World, reseal, seeded
+
+GONE = "site-07"
+
+
+def world_with_a_dropout() -> World:
+    world = World(8)
+    world.setup()
+    world.silent = {"round": {GONE}}
+    return world
+
+
+def check_exact(world: World, outcome: object, culprits: tuple[str, ...]) -> None:
+    assert isinstance(outcome, Aggregate), outcome
+    assert outcome.culprits == culprits
+    np.testing.assert_array_equal(outcome.ring_sum, world.ring_sum(outcome.contributors))
+
+
+def test_recovery_needs_no_key_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = world_with_a_dropout()
+    monkeypatch.setattr(opening, "agree", lambda *_: pytest.fail("key agreement on the round's path"))
+    monkeypatch.setattr(opening, "x25519_public", lambda *_: pytest.fail("public key on the round's path"))
+    check_exact(world, world.round(1), ())
+
+
+def test_a_survivor_that_falls_silent_does_not_stop_recovery() -> None:
+    world = world_with_a_dropout()
+    world.silent["unmask"] = {"site-00"}
+    outcome = world.round(1)
+    check_exact(world, outcome, ())
+    assert "site-00" in outcome.contributors
+
+
+def test_a_survivor_that_lies_about_a_pair_seed_is_named() -> None:
+    world = world_with_a_dropout()
+
+    def lie(name, envelope):
+        if envelope.type != "answer" or name != "site-02":
+            return envelope.raw
+        return reseal(envelope, {**envelope.body, "checks": bytes(16)}, world.identities[name])
+
+    world.inbound = lie
+    check_exact(world, world.round(1), ("site-02",))
+
+
+@pytest.mark.parametrize("how", ["unreadable", "other seeds"])
+def test_a_dropped_party_that_sealed_wrong_pair_seeds_is_named(how: str, monkeypatch) -> None:
+    world = World(8)
+    honest = dealing.seal_pair_seeds
+
+    def seal(epoch, transcript, client, seeds):
+        if client != GONE:
+            return honest(epoch, transcript, client, seeds)
+        table = honest(epoch, transcript, client, seeds ^ np.uint8(1))
+        return bytes(len(table)) if how == "unreadable" else table
+
+    monkeypatch.setattr(dealing, "seal_pair_seeds", seal)
+    world.setup()
+    world.silent = {"round": {GONE}}
+    check_exact(world, world.round(1), (GONE,))
+
+
+def test_an_answer_sealed_under_another_key_is_named_and_survived() -> None:
+    world = world_with_a_dropout()
+
+    def lie(name, envelope):
+        if envelope.type != "answer" or name != "site-02":
+            return envelope.raw
+        seeds = bytes(len(envelope.body["seeds"]))
+        return reseal(envelope, {**envelope.body, "seeds": seeds}, world.identities[name])
+
+    world.inbound = lie
+    check_exact(world, world.round(1), ("site-02",))
+
+
+def test_a_dropped_party_that_shared_another_key_than_its_own_is_named(monkeypatch) -> None:
+    """Its shares give a key, but not the one its peers masked with: the round ends with its name."""
+    world = World(8)
+    honest = dealing.bundle_body
+
+    def bundle(parameters, client, private, secrets):
+        body = honest(parameters, client, private, secrets)
+        if client == GONE:
+            other = secrets.copy()
+            other[:, MASK_KEY, 5] ^= 1
+            body["mask_keys"] = honest(parameters, client, private, other)["mask_keys"]
+        return body
+
+    monkeypatch.setattr(dealing, "bundle_body", bundle)
+    world.setup()
+    world.silent = {"round": {GONE}}
+    outcome = world.round(1)
+    assert (outcome.code, outcome.culprits) == ("BadShare", (GONE,))
+
+
+LIES = st.tuples(st.sampled_from(["shares", "checks", "seeds"]), st.integers(0, 10**4), st.integers(1, 255))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_lies_in_answers_never_change_a_sum_or_accuse_the_honest(data: st.DataObject) -> None:
+    """Any liars flip any bytes of their answers: the exact sum, or an abort; nobody else is accused."""
+    n = data.draw(st.integers(4, 9), label="n")
+    world = World(n, rounds=1, seed=n)
+    gone = data.draw(st.sets(st.sampled_from(world.names), max_size=n // 4), label="gone")
+    lies = data.draw(st.dictionaries(st.sampled_from(world.names), LIES, max_size=n // 2), label="lies")
+    world.setup()
+    world.silent = {"round": gone}
+
+    def lie(name, envelope):
+        if envelope.type != "answer" or name not in lies:
+            return envelope.raw
+        field, position, flip = lies[name]
+        value = bytearray(envelope.body[field])
+        if value:
+            value[position % len(value)] ^= flip
+        return reseal(envelope, {**envelope.body, field: bytes(value)}, world.identities[name])
+
+    world.inbound = lie
+    outcome = world.round(1)
+    if isinstance(outcome, Aggregate):
+        np.testing.assert_array_equal(outcome.ring_sum, world.ring_sum(outcome.contributors))
+        assert set(outcome.contributors) == set(world.names) - gone
+    else:
+        assert outcome.code == "BelowThreshold"
+    accused = {fault.party for fault in outcome.faults if fault.kind == "misbehaviour"}
+    assert accused <= lies.keys() - gone
+    if isinstance(outcome, Aggregate) and len(accused) < len(lies.keys() - gone):
+        innocent = lies.keys() - gone - accused  # their lie hit no secret that was needed
+        assert all(lies[name][0] != "seeds" for name in innocent)
+
+
+@pytest.fixture
+def sparse(monkeypatch: pytest.MonkeyPatch) -> Sharing:
+    """Six holders each: the degrees that real bounds ask for need more clients than a test should have."""
+    sharing = Sharing(degree=6, threshold=4, quorum=36, smallest_group=2)
+    monkeypatch.setattr(policy, "COMPLETE_UP_TO", 10)
+    monkeypatch.setattr(policy, "sparse", lambda n: sharing)
+    return sharing
+
+
+def test_two_partitions_on_a_sparse_graph_do_not_isolate_a_party(sparse: Sharing) -> None:
+    """The victim's holders hear that nobody dropped out, everybody else that all the victim's peers did. So the
+    first give shares of its seed, the others the mask keys of all its peers: everything that hides its vector.
+    But whoever is called dropped elsewhere cannot be read here."""
+    world = World(60, rounds=1, seed="isolate")
+    world.setup()
+    for name, message in world.coordinator.begin_round(1, CONTEXT, LAYOUT).outbound.items():
+        world.answer(name, message)
+    epoch, names = world.coordinator._epoch, list(world.names)
+    graph = epoch.graph
+    away = {v: {*graph.peers[v], v, *graph.holders[v]} for v in names}
+    victim = max(names, key=lambda v: min(len(set(graph.holders[p]) - away[v]) for p in graph.peers[v]))
+    peers, near = list(graph.peers[victim]), set(graph.holders[victim])
+    rest = [name for name in names if name not in peers]
+
+    def ask(told: list[str], survivors: list[str], dropped: list[str]) -> dict[str, np.ndarray]:
+        """The shares in clear that the parties in `told` give for this partition."""
+        view = Opening(
+            epoch.roster, graph, epoch.transcript, 1, tuple(survivors), tuple(dropped), epoch.digests, {}
+        )
+        request = world.request("unmask", 1, {"survivors": survivors, "dropped": dropped})
+        return {name: view.check(parse(world.clients[name].unmask(request), name)) for name in told}
+
+    first = ask(sorted(near), names, [])
+    second = ask([name for name in rest if name not in near], rest, peers)
+    view = Opening(epoch.roster, graph, epoch.transcript, 1, tuple(names), (), epoch.digests, {})
+    keys, _ = view._reconstruct(dict.fromkeys(peers, MASK_KEY), second)
+    assert keys.keys() == set(peers)  # the attack has the mask keys of all the victim's peers,
+    assert len(first) >= sparse.threshold  # and enough holders of its seed have answered,
+    readable = {
+        name
+        for name in first
+        if name in view._reconstruct({name: ANSWER_KEY}, first if name in peers else {**first, **second})[0]
+    }
+    assert len(readable) < sparse.threshold  # but too few of their answers can be read
+    assert not readable & keys.keys()
+
+
+def test_seed_shares_travel_under_the_senders_own_answer_key_only() -> None:
+    world = World(5)
+    world.setup()
+    held = {name: client._epoch.held[0, :, SEED].copy() for name, client in world.clients.items()}
+    own = {name: client._epoch.secrets[0, ANSWER_KEY].tobytes() for name, client in world.clients.items()}
+    answers = {}
+
+    def note(name, envelope):
+        if envelope.type == "answer":
+            answers[name] = envelope
+        return envelope.raw
+
+    world.inbound = note
+    check_exact(world, world.round(1), ())
+    epoch = world.coordinator._epoch
+    for name, answer in answers.items():
+        assert not any(pack(share) in answer.raw for share in held[name])
+        key = answer_key(own[name], epoch.transcript, epoch.parameters, name, 1)
+        sealed = answer.body["seeds"]
+        assert ChaCha20Poly1305(key).decrypt(bytes(12), sealed, None) == pack(held[name])
+
+
+def test_a_sparse_graph_gives_exact_sums_through_dropouts_and_restarts(sparse: Sharing) -> None:
+    world = World(40, rounds=2, seed="sparse")
+    world.silent = {"propose": {"site-00"}, "start": {"site-05"}}
+    ready = world.setup()
+    assert isinstance(ready, EpochReady), ready
+    graph = world.coordinator._epoch.graph
+    assert {len(holders) for holders in graph.holders.values()} == {7}
+    assert max(map(len, graph.peers.values())) < 25  # far from everybody
+    world.silent = {"round": {"site-05", "site-11"}, "unmask": {"site-12"}}
+    outcome = world.round(1)
+    check_exact(world, outcome, ())
+    assert set(outcome.dropped) == {"site-05", "site-11"}
+    world.coordinator = CoordinatorMachine.restore(world.coordinator.export_state(), world.directory)
+    world.clients = {
+        name: ClientMachine.restore(
+            client.export_state(), name, world.identities[name], world.directory, world.policy
+        )
+        for name, client in world.clients.items()
+    }
+    check_exact(world, world.round(2), ())
+
+
+def test_holders_are_a_clients_own_choice(sparse: Sharing) -> None:
+    """Nothing the coordinator or another client sends decides who holds a client's shares."""
+    world = World(40, rounds=1, seed="choice")
+    chosen = []
+    for again in range(3):
+        for name, client in world.clients.items():
+            client._rng = seeded((again, name))
+        world.coordinator.state = CoordinatorState.IDLE
+        assert isinstance(world.setup(again + 1), EpochReady)
+        chosen.append(world.clients["site-03"]._epoch.holders)
+    assert len(set(chosen)) == 3
+
+
+def test_too_few_or_foreign_holders_are_refused(sparse: Sharing) -> None:
+    world = World(40, rounds=1, seed="few")
+
+    def cut(name, envelope):
+        if envelope.type != "shares" or name != "site-03":
+            return envelope.raw
+        body = {**envelope.body, "packets": envelope.body["packets"][1:]}
+        return reseal(envelope, body, world.identities[name])
+
+    world.inbound = cut
+    ready = world.setup()
+    assert isinstance(ready, EpochReady)
+    assert [(f.party, f.code) for f in ready.faults] == [("site-03", "WrongRoster")]
