@@ -13,7 +13,9 @@ from appa_secure.messages import REPLIES, REQUESTS, Message, digest, pack, unpac
 from appa_secure.privacy.ledger import Ledger
 from appa_secure.secagg import cbor
 from appa_secure.secagg.driver import resume
+from appa_secure.secagg.keys import COORDINATOR
 from appa_secure.secagg.outcomes import Aggregate
+from appa_secure.secagg.wire import seal
 from clients.client import Client
 from coordinator.rounds import _Wire
 from tests.clients.drive import (
@@ -44,12 +46,15 @@ def hardened(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, list[byte
     session = Session(world, REWARD, "abort")
     session.open()
     raws.append(session.request("score", world.agreement.reward_layout(2), **score_body(world)))
+    p = session.machine.parameters
     raws.append(
         pack(
             REQUESTS,
             "secagg",
             session=REWARD,
-            message=session.machine._seal("unmask", 1, {"survivors": [], "dropped": []}),
+            message=seal(
+                "unmask", p.session, p.epoch, 1, COORDINATOR, {"survivors": [], "dropped": []}, None
+            ),
         )
     )
     raws.append(pack(REQUESTS, "truth"))
