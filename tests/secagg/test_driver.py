@@ -81,6 +81,19 @@ def test_any_dropout_pattern_gives_the_survivors_sum_or_a_clean_abort(data: st.D
         assert dealers - heard <= parties  # nobody's absence goes unreported
 
 
+def test_more_than_a_hundred_clients_take_the_sparse_graph() -> None:
+    """Real parameters, nothing replaced: 101 clients, ten of them missing in the round."""
+    world = World(101, rounds=1, seed="sparse")
+    assert isinstance(world.setup(), EpochReady)
+    graph = world.coordinator._epoch.graph
+    assert {len(holders) for holders in graph.holders.values()} == {43}
+    world.silent = {"round": set(world.names[:10])}
+    outcome = world.round(1)
+    assert isinstance(outcome, Aggregate), outcome
+    assert set(outcome.dropped) == set(world.names[:10])
+    np.testing.assert_array_equal(outcome.ring_sum, world.ring_sum(outcome.contributors))
+
+
 def test_a_client_that_returns_takes_part_again() -> None:
     world = World(6)
     world.setup()
