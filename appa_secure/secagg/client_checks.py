@@ -81,7 +81,8 @@ def check_round(envelope: Envelope, epoch: ClientEpoch) -> None:
 
 
 def check_acks(envelope: Envelope, epoch: ClientEpoch, directory: Directory, policy: ClientPolicy) -> None:
-    """Enough parties signed the same transcript; one signed other transcript proves two rosters."""
+    """So many parties signed this client's transcript that no other transcript can have as many; a single
+    signature under another one proves two rosters."""
     p, seen = epoch.parameters, set()
     dealers = frozenset(epoch.dealers)
     for raw in envelope.body["acks"]:
@@ -96,7 +97,8 @@ def check_acks(envelope: Envelope, epoch: ClientEpoch, directory: Directory, pol
         if ack.body["transcript"] != epoch.transcript:
             raise WrongRoster(COORDINATOR, f"showed '{sender}' another roster than this client")
         seen.add(sender)
-    needed = len(epoch.dealers) if policy.release == "abort" else max(p.threshold, policy.min_cohort)
+    enough = max(p.threshold, p.sharing.acks, policy.min_cohort)
+    needed = len(epoch.dealers) if policy.release == "abort" else enough
     if len(seen) < needed:
         raise WrongRoster(COORDINATOR, f"{len(seen)} acknowledgements of the roster, {needed} needed")
 

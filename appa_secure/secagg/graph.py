@@ -44,19 +44,22 @@ CORRECTNESS_BITS = 20
 class Sharing:
     """Every client has `degree` holders besides itself; `threshold` of the degree + 1 shares open a secret.
 
-    A roster has at least `quorum` clients. Except with probability 2^-40 no sum over fewer than
-    `smallest_group` honest clients comes out.
+    A roster has at least `quorum` clients, and a client wants `acks` signatures under its own transcript: so many
+    that no other transcript can have as many (2 acks > n + c), or the coordinator could give a client's holders
+    another list of dealers than the client, who then masks with none of them. Except with probability 2^-40 no sum
+    over fewer than `smallest_group` honest clients comes out.
     """
 
     degree: int
     threshold: int
     quorum: int
+    acks: int
     smallest_group: int
 
 
 def complete(parties: int, threshold: int) -> Sharing:
     """Everybody holds shares of everybody, t of n. An opened sum has t - c honest parties or more, c < 2t - n."""
-    return Sharing(parties - 1, threshold, threshold, parties - threshold + 1)
+    return Sharing(parties - 1, threshold, threshold, threshold, parties - threshold + 1)
 
 
 @lru_cache(maxsize=64)
@@ -80,7 +83,7 @@ def sparse(parties: int, corrupt: float = CORRUPT, dropout: float = DROPOUT) -> 
             continue
         group = smallest_group(parties, quorum, adversary, degree, threshold)
         if group > 1:
-            return Sharing(degree, threshold, quorum, group)
+            return Sharing(degree, threshold, quorum, (parties + adversary) // 2 + 1, group)
     raise BadParameters(
         f"no sharing graph of {parties} clients stands {corrupt:.0%} corrupt and {dropout:.0%} missing"
     )

@@ -15,7 +15,7 @@ from appa_secure.secagg import cbor
 from appa_secure.secagg.driver import resume
 from appa_secure.secagg.keys import COORDINATOR
 from appa_secure.secagg.outcomes import Aggregate
-from appa_secure.secagg.wire import UNMASK, seal
+from appa_secure.secagg.wire import seal
 from clients.client import Client
 from coordinator.rounds import _Wire
 from tests.clients.drive import (
@@ -52,7 +52,9 @@ def hardened(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, list[byte
             REQUESTS,
             "secagg",
             session=REWARD,
-            message=seal(UNMASK, p.session, p.epoch, 1, COORDINATOR, {"survivors": [], "dropped": []}, None),
+            message=seal(
+                "unmask", p.session, p.epoch, 1, COORDINATOR, {"survivors": [], "dropped": []}, None
+            ),
         )
     )
     raws.append(pack(REQUESTS, "truth"))

@@ -16,6 +16,7 @@ from appa_secure.secagg import (
     CorruptState,
     EpochReady,
     Layout,
+    OutOfOrder,
     Segment,
     close_epoch,
     resume,
@@ -79,6 +80,19 @@ def test_any_dropout_pattern_gives_the_survivors_sum_or_a_clean_abort(data: st.D
         parties = {fault.party for fault in outcome.faults}
         heard = answers if len(uploaders) >= t else uploaders
         assert dealers - heard <= parties  # nobody's absence goes unreported
+
+
+def test_more_than_a_hundred_clients_take_the_sparse_graph() -> None:
+    """Real parameters, nothing replaced: 101 clients, ten of them missing in the round."""
+    world = World(101, rounds=1, seed="sparse")
+    assert isinstance(world.setup(), EpochReady)
+    graph = world.coordinator._epoch.graph
+    assert {len(holders) for holders in graph.holders.values()} == {43}
+    world.silent = {"round": set(world.names[:10])}
+    outcome = world.round(1)
+    assert isinstance(outcome, Aggregate), outcome
+    assert set(outcome.dropped) == set(world.names[:10])
+    np.testing.assert_array_equal(outcome.ring_sum, world.ring_sum(outcome.contributors))
 
 
 def test_a_client_that_returns_takes_part_again() -> None:
@@ -217,6 +231,30 @@ def test_resume_asks_only_those_who_have_not_answered() -> None:
     world.coordinator = CoordinatorMachine.restore(world.coordinator.export_state(), world.directory)
     assert set(world.coordinator.pending().outbound) == set(world.names[1:])
     assert isinstance(resume(world.coordinator, world.exchange), Aggregate)
+
+
+def test_an_upload_is_added_once_whatever_is_sent_again() -> None:
+    """Uploads are not kept, so a repetition must be known by its signature, after a restart too."""
+    world = World(4)
+    world.setup()
+    step = world.coordinator.begin_round(1, CONTEXT, LAYOUT)
+    for name, message in step.outbound.items():
+        reply = world.answer(name, message)
+        world.coordinator.receive(name, reply)
+        world.coordinator.receive(name, reply)
+        world.coordinator = CoordinatorMachine.restore(world.coordinator.export_state(), world.directory)
+        world.coordinator.receive(name, reply)
+    first = parse(reply, name)
+    other = reseal(first, {**first.body, "vector": bytes(len(first.body["vector"]))}, world.identities[name])
+    with pytest.raises(OutOfOrder, match="two different replies"):
+        world.coordinator.receive(name, other)
+    outcome = world.coordinator.advance()
+    while isinstance(outcome, Continue):
+        for name, reply in world.exchange(outcome.outbound).items():
+            world.coordinator.receive(name, reply)
+        outcome = world.coordinator.advance()
+    assert isinstance(outcome, Aggregate)
+    np.testing.assert_array_equal(outcome.ring_sum, world.ring_sum(world.names))
 
 
 def test_damaged_or_foreign_state_is_refused() -> None:

@@ -19,10 +19,11 @@ from appa_secure.secagg import (
     policy,
 )
 from appa_secure.secagg.graph import Sharing
+from appa_secure.secagg.graph import sparse as real_sparse
 from appa_secure.secagg.opening import Opening
 from appa_secure.secagg.schedule import ANSWER_KEY, MASK_KEY, SEED, answer_key
 from appa_secure.secagg.shamir import pack
-from appa_secure.secagg.wire import parse
+from appa_secure.secagg.wire import named_sender, parse
 from tests.secagg.world import CONTEXT, LAYOUT, World, reseal, seeded
 
 GONE = "site-07"
@@ -158,7 +159,7 @@ def test_lies_in_answers_never_change_a_sum_or_accuse_the_honest(data: st.DataOb
 @pytest.fixture
 def sparse(monkeypatch: pytest.MonkeyPatch) -> Sharing:
     """Six holders each: the degrees that real bounds ask for need more clients than a test should have."""
-    sharing = Sharing(degree=6, threshold=4, quorum=36, smallest_group=2)
+    sharing = Sharing(degree=6, threshold=4, quorum=36, acks=30, smallest_group=2)
     monkeypatch.setattr(policy, "COMPLETE_UP_TO", 10)
     monkeypatch.setattr(policy, "sparse", lambda n: sharing)
     return sharing
@@ -244,6 +245,50 @@ def test_a_sparse_graph_gives_exact_sums_through_dropouts_and_restarts(sparse: S
         for name, client in world.clients.items()
     }
     check_exact(world, world.round(2), ())
+
+
+def test_a_client_hidden_from_its_holders_does_not_upload(sparse: Sharing) -> None:
+    """The victim is shown a list of dealers without its own holders, and no packet but its own: it would mask with
+    nobody honest, while its holders give its seed away. Only the others' signatures tell it."""
+    world = World(40, rounds=1, seed="hidden")
+    victim = "site-03"
+
+    def hide(name, envelope):
+        if envelope.type == "start" and name == victim:
+            strangers = [
+                n for n in world.names if n not in set(world.clients[victim]._epoch.holders) - {victim}
+            ]
+            packets = [raw for raw in envelope.body["packets"] if named_sender(raw, "x") == victim]
+            return reseal(envelope, {"dealers": strangers, "packets": packets})
+        return envelope.raw
+
+    def keep_quiet(name, envelope):
+        return None if name == victim and envelope.type == "ready" else envelope.raw
+
+    world.outbound, world.inbound = hide, keep_quiet
+    assert isinstance(world.setup(), EpochReady)
+    assert world.clients[victim]._epoch.peers == ()
+    epoch = world.clients[victim]._epoch
+    body = {"coding": LAYOUT.preflight(len(epoch.dealers)).digest, "context": CONTEXT}
+    signed = [name for name in epoch.dealers if name != victim]
+    assert len(signed) >= sparse.acks
+    for acks in ([], [world.coordinator._epoch.acks[name] for name in signed]):
+        reply = parse(world.answer(victim, world.request("round", 1, {**body, "acks": acks})), victim)
+        assert (reply.type, reply.body["code"]) == ("refusal", "WrongRoster")
+
+
+def test_acknowledgements_must_rule_out_a_second_transcript(sparse: Sharing) -> None:
+    """27 of 40 would be two thirds; with colluders signing twice, two transcripts could have as many."""
+    world = World(40, rounds=1, seed="acks")
+    world.setup()
+    step = world.coordinator.begin_round(1, CONTEXT, LAYOUT)
+    body = parse(step.outbound["site-03"], "coordinator").body
+    for count, accepted in ((sparse.acks - 1, False), (sparse.acks, True)):
+        request = world.request("round", 1, {**body, "acks": body["acks"][:count]})
+        reply = parse(world.answer("site-03", request), "site-03")
+        assert (reply.type == "upload") is accepted
+    for n in (101, 1000):
+        assert 2 * real_sparse(n).acks > n + n // 5
 
 
 def test_holders_are_a_clients_own_choice(sparse: Sharing) -> None:
