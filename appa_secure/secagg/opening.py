@@ -51,9 +51,10 @@ def reconstruct(
     while True:
         holders = [holder for holder in sorted(answers.shares) if holder not in culprits]
         if len(holders) < threshold:
+            reason = f"; wrong shares from {', '.join(sorted(culprits))}" if culprits else ""
             raise BelowThreshold(
                 COORDINATOR,
-                f"{len(holders)} usable answers, the threshold is {threshold}; nothing was opened",
+                f"{len(holders)} usable answers, the threshold is {threshold}; nothing was opened{reason}",
             )
         chosen = holders[:threshold]
         stack = np.stack([answers.shares[holder] for holder in chosen])  # (t, names, 9)

@@ -127,6 +127,7 @@ def test_a_corrupted_share_is_pinned_on_its_author_and_survived(wrong: int) -> N
     else:
         assert isinstance(outcome, Aborted)
         assert outcome.code == "BelowThreshold"
+        assert all(name in outcome.reason for name in culprits)  # or they would abort every round unseen
 
 
 def test_a_dealer_whose_shares_give_no_secret_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
