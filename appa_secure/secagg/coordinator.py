@@ -22,6 +22,7 @@ from .errors import (
     BadShare,
     BelowThreshold,
     CohortTooSmall,
+    CorruptState,
     IllegalEvent,
     LayoutMismatch,
     OutOfOrder,
@@ -389,19 +390,25 @@ class CoordinatorMachine:
 
     @classmethod
     def restore(cls, state: bytes, directory: Directory) -> CoordinatorMachine:
-        """The machine that exported `state`, in the same phase: go on with `pending()` or `driver.resume`."""
+        """The machine that exported `state`, in the same phase: go on with `pending()` or `driver.resume`.
+
+        Raises `CorruptState` for damaged bytes.
+        """
         phase, min_cohort, release, epoch = load(state, directory)
         p = epoch.parameters
-        machine = cls(
-            p.session,
-            directory,
-            clients=p.clients,
-            threshold=p.threshold,
-            min_cohort=min_cohort,
-            rounds=p.rounds,
-            ring_bits=p.ring_bits,
-            release=release,
-        )
+        try:
+            machine = cls(
+                p.session,
+                directory,
+                clients=p.clients,
+                threshold=p.threshold,
+                min_cohort=min_cohort,
+                rounds=p.rounds,
+                ring_bits=p.ring_bits,
+                release=release,
+            )
+        except (BadParameters, TypeError) as error:
+            raise CorruptState(f"coordinator state holds parameters no session runs with: {error}") from None
         machine.state, machine._epoch = phase, epoch
         return machine
 
