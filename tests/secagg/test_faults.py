@@ -238,7 +238,7 @@ def test_the_claims_hold_for_the_schedules_that_find_broken_machines() -> None:
 @pytest.mark.bench
 @pytest.mark.timeout(7200)
 def test_twenty_thousand_schedules() -> None:
-    """The two tests above, at length; says how the schedules ended."""
+    """The two tests of random schedules, at length; says how they ended."""
     began = time.monotonic()
     seen.clear()
     settings(speed, max_examples=6_000)(given(epochs())(try_epoch))()
