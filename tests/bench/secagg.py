@@ -382,7 +382,7 @@ def compare(args: argparse.Namespace, progress: Progress, report: Report) -> Non
                     f"{cell[0]:,}, {cell[1]:.0%} dropped",
                     spread(pick(ours[cell])),
                     spread(theirs),
-                    f"{factor:,.0f}x" if factor else "–",
+                    "–" if factor is None else f"{factor:,.0f}x" if factor >= 10 else f"{factor:.1f}x",
                 )
             )
         report.add(title, ("dim", "ours", "Flower SecAgg+", "peer / ours"), rows)
@@ -402,6 +402,8 @@ def compare(args: argparse.Namespace, progress: Progress, report: Report) -> Non
     heads = ("dim", "ours, bytes per entry", "peer, bytes per entry", "our client's answer")
     report.add("Upload size and answer to the unmask request", heads, rows)
     report.add(setup_title, ("who", "median (IQR)"), setup_rows)
+    alone = [4e6 * N / (rate * 1e9) for rate in raw]
+    bound = ratio([s for (dim, _), t in peers.items() if dim == 10**6 for s in t.client], alone)
     report.add(
         f"Mask expansion: 10^6 32-bit entries, {N} masks",
         ("what", "rate"),
@@ -409,6 +411,8 @@ def compare(args: argparse.Namespace, progress: Progress, report: Report) -> Non
             (f"raw AES-256-CTR, {CHUNK // 1024} KiB chunks", spread(raw, "GB/s")),
             ("keystreams added in the ring", spread(masked, "GB/s")),
             ("share of raw, median of paired runs", f"{100 * share:.0f} %"),
+            ("the keystreams of one client mask alone, at the raw rate", spread(alone)),
+            ("peer's client mask at 10^6 / that: no ratio can exceed it", f"{bound:.1f}x" if bound else "–"),
         ],
     )
     large = measure_large(args, progress, report) if args.large else None

@@ -1,4 +1,4 @@
-"""The benchmark itself works, at a small size and without the peer."""
+"""The benchmark of `secagg.py` itself works, at a small size and without the peer."""
 
 from pathlib import Path
 
