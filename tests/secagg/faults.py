@@ -14,7 +14,7 @@ once      no client ever sends two uploads or two answers in one round.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from appa_secure.secagg import (
     RemoteMisbehaviour,
     cbor,
     errors,
+    shamir,
 )
 from appa_secure.secagg.wire import Envelope, parse, peek
 from tests.secagg.world import CONTEXT, World, random_vector, reseal
@@ -45,9 +46,9 @@ MAYBE = ("request corrupt", "request cut", "request longer")
 LIES = {
     "propose": ("other keys", "low-order key", "short keys", "other proposal"),
     "roster": ("garbled packets", "wrong digests", "swapped packets", "missing packet", "other seeds"),
-    "start": ("other transcript",),
+    "start": ("other transcript", "garbled field"),
     "round": ("other vector", "noise", "other context", "short vector", "refusal"),
-    "unmask": ("wrong shares", "one wrong share", "short answer", "swapped kinds"),
+    "unmask": ("wrong shares", "one wrong share", "short answer", "swapped fields", "garbled field"),
 }
 CODES = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
 
@@ -208,6 +209,9 @@ class Trial:
             body["encryption_key"] = bytes(32)
         elif what == "short keys":
             body["mask_keys"] = body["mask_keys"][:-1]
+        elif what == "other transcript" and "ack" in body:
+            ack = parse(body["ack"], name)
+            body["ack"] = reseal(ack, {"transcript": rng.randbytes(32)}, self.world.identities[name])
         elif what in ("other proposal", "other transcript", "other context"):
             body[what.split()[1]] = rng.randbytes(32)
         elif what in ("garbled packets", "wrong digests", "swapped packets", "missing packet"):
@@ -225,13 +229,17 @@ class Trial:
             changes["type"] = "refusal"
             body = {"refused": "round", "code": "Tired", "reason": "x" * rng.choice([1, 10_000])}
         elif what in ("wrong shares", "one wrong share"):
-            field = max(("survivors", "dropped"), key=lambda f: (bool(body[f]), rng.random()))
-            self.wrong_answers.add(name)
+            field = _shares_field(body)
+            if what == "wrong shares":
+                self.wrong_answers.add(name)
             body[field] = _wrong_shares(body[field], what == "wrong shares", rng)
         elif what == "short answer":
-            body["survivors"] = body["survivors"][:-36]
-        elif what == "swapped kinds":
-            body = {"survivors": body["dropped"], "dropped": body["survivors"]}
+            body[_shares_field(body)] = body[_shares_field(body)][: -shamir.SHARE_BYTES]
+        elif what == "swapped fields":
+            body = dict(zip(body, reversed(body.values()), strict=True))
+        elif what == "garbled field":
+            field = rng.choice([f for f in body if body[f]])
+            body[field] = rng.randbytes(len(body[field]))
         self.liars.add(name)
         return reseal(envelope, body, self.world.identities[name], **changes)
 
@@ -259,7 +267,8 @@ class Trial:
         """Between its bundle and its shares, the liar replaces the seeds it committed to."""
         fields = cbor.decode(self.world.clients[name].export_state())
         if fields["epoch"]:
-            fields["epoch"]["seeds"] = bytes(len(fields["epoch"]["seeds"]))
+            secrets = next(field for field in ("seeds", "secrets") if field in fields["epoch"])
+            fields["epoch"][secrets] = bytes(len(fields["epoch"][secrets]))
             self._restart(name, cbor.encode(fields))
             self.liars.add(name)
             self.spoilers.add(name)
@@ -324,6 +333,11 @@ def damage(kind: str, message: bytes, rng: random.Random) -> bytes:
     if kind.endswith("cut"):
         return message[: rng.randrange(len(message))]
     return message + rng.randbytes(rng.choice([1, 7, 100_000]))
+
+
+def _shares_field(body: Mapping[str, bytes]) -> str:
+    """The field of an answer that holds shares in clear."""
+    return next(field for field in ("shares", "survivors", "dropped") if body.get(field))
 
 
 def _wrong_shares(shares: bytes, every: bool, rng: random.Random) -> bytes:

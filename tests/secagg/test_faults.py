@@ -246,7 +246,8 @@ def test_one_low_order_key_does_not_cost_everybody_the_epoch() -> None:
 
 
 @pytest.mark.xfail(
-    strict=True, reason="only the first threshold answers, by name, are looked at: the liar may try again unnamed"
+    strict=True,
+    reason="only the first threshold answers, by name, are looked at: the liar may try again unnamed",
 )
 def test_a_wrong_share_that_was_not_needed_is_named_too() -> None:
     world = World(6)

@@ -122,17 +122,17 @@ def test_both_secrets_of_a_party_are_never_given() -> None:
     both = world.request("unmask", 1, {"survivors": names, "dropped": [VICTIM]})
     alive = world.request("unmask", 1, {"survivors": names, "dropped": []})
     gone = world.request("unmask", 1, {"survivors": others, "dropped": [VICTIM]})
-    shares = {"survivors": 0, "dropped": 0}
+    answers = {alive: 0, gone: 0}
     for i, name in enumerate(names):
         client = world.clients[name]
         with pytest.raises(BothShareKinds, match=VICTIM):
             client.unmask(both)
-        order = (alive, gone) if i % 2 or name == VICTIM else (gone, alive)
-        first = parse(client.unmask(order[0]), name)
-        shares["dropped" if first.body["dropped"] else "survivors"] += 1
+        first, second = (alive, gone) if i % 2 or name == VICTIM else (gone, alive)
+        client.unmask(first)
+        answers[first] += 1
         with pytest.raises(ReplayedRound):
-            client.unmask(order[1])
-    assert max(shares.values()) < world.coordinator.parameters.threshold
+            client.unmask(second)
+    assert max(answers.values()) < world.coordinator.parameters.threshold
 
 
 # -- unauthenticated keys: a server with two invented peers reads a lone client
@@ -335,8 +335,8 @@ def test_a_dropout_in_set_up_is_survived(phase: str) -> None:
         "a hundred thousand bytes",
     ],
 )
-@pytest.mark.parametrize("field", ["survivors", "dropped"])
-def test_a_malformed_share_is_named_and_survived(field: str, broken: bytes) -> None:
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_malformed_share_is_named_and_survived(which: int, broken: bytes) -> None:
     world = World(7)
     world.setup()
     world.silent = {"round": {"site-06"}}
@@ -344,6 +344,7 @@ def test_a_malformed_share_is_named_and_survived(field: str, broken: bytes) -> N
 
     def malformed(name: str, envelope: Envelope) -> bytes:
         if (envelope.type, name) == ("answer", liar):
+            field = sorted(envelope.body)[which]
             return reseal(envelope, {**envelope.body, field: broken}, world.identities[name])
         return envelope.raw
 

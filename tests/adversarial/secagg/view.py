@@ -7,18 +7,17 @@ would, so that what is left is protected by the other kind alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from appa_secure.secagg import Aggregate, EpochReady, Layout, Segment, shamir
-from appa_secure.secagg.keys import agree
-from appa_secure.secagg.masks import apply_masks, mask_key, ring_dtype
-from appa_secure.secagg.roster import pair_seed, self_seed
+from appa_secure.secagg import Aggregate, EpochReady, Layout, Segment, opening
+from appa_secure.secagg.masks import apply_masks, ring_dtype
 from appa_secure.secagg.wire import Envelope
-from tests.secagg.world import CONTEXT, World
+from tests.secagg.world import World
 
 ENTRIES = 4
 LAYOUT = Layout((Segment("reward", ENTRIES, 0.0, 1.0),))
@@ -28,47 +27,31 @@ VICTIM = "site-00"
 
 @dataclass
 class Transcript:
-    """Everything the clients sent in one epoch, by (type, sender), and what a sum was opened to."""
+    """Everything the clients sent in one epoch, by (type, sender), what a sum was opened to, and the keys of the masks
+    that the coordinator added and subtracted to open it."""
 
     world: World
     sent: dict[tuple[str, str], Envelope] = field(default_factory=dict)
     opened: Aggregate | None = None
-    transcript: bytes = b""
+    added: Sequence[bytes] = ()
+    subtracted: Sequence[bytes] = ()
 
     def words(self, name: str) -> np.ndarray:
         """A copy of a masked upload."""
         return np.frombuffer(self.sent["upload", name].body["vector"], ring_dtype(64)).copy()
 
-    def secrets(self, of: str) -> dict[str, bytes]:
-        """Secrets of the parties in the list `of` ("survivors" or "dropped") of the unmask request."""
-        assert self.opened is not None
-        names = {"survivors": self.opened.contributors, "dropped": self.opened.dropped}[of]
-        if not names:
-            return {}
-        answering = [n for n in self.world.names if ("answer", n) in self.sent]
-        rows = [shamir.unpack(self.sent["answer", n].body[of], len(names)) for n in answering]
-        points = [self.world.names.index(n) + 1 for n in answering]
-        t = self.world.coordinator.parameters.threshold
-        found = shamir.combine(points[:t], np.stack([row for row in rows if row is not None][:t]))
-        return {name: secret for name, secret in zip(names, found, strict=True) if secret is not None}
-
     def peeled(self) -> dict[str, np.ndarray]:
         """Uploads without the masks that the coordinator is able to remove."""
-        p, coding = self.world.coordinator.parameters, LAYOUT.preflight(len(self.world.names))
-        left = {}
-        for name, seed in self.secrets("survivors").items():
-            left[name] = self.words(name)
-            own = self_seed(seed, self.transcript, p, name, 1)
-            apply_masks(left[name], [], [mask_key(own, 1, coding.digest, CONTEXT)])
-        for name, private in self.secrets("dropped").items():
-            left[name] = self.words(name)
-            for peer in self.world.names:
-                if peer != name:
-                    public = self.sent["bundle", peer].body["mask_keys"]
-                    shared = agree(X25519PrivateKey.from_private_bytes(private), public)
-                    seed = pair_seed(shared, self.transcript, p, name, peer, 1)
-                    key = mask_key(seed, 1, coding.digest, CONTEXT)
-                    apply_masks(left[name], *(([], [key]) if name < peer else ([key], [])))
+        assert self.opened is not None
+        left = {name: self.words(name) for name in self.world.names}
+        alive = len(self.opened.contributors)
+        for name, key in zip(
+            self.opened.contributors, self.subtracted, strict=False
+        ):  # self-masks come first
+            apply_masks(left[name], [], [key])
+        for name in self.opened.dropped:
+            # What the survivors' uploads hold of masks with the dropped party, its own upload holds with the other sign.
+            apply_masks(left[name], self.subtracted[alive:], self.added)
         return left
 
     def numbers(self) -> np.ndarray:
@@ -86,6 +69,22 @@ class Transcript:
         return np.frombuffer(raw, np.uint8) / 127.5 - 1
 
 
+@contextmanager
+def mask_keys_seen(seen: Transcript) -> Iterator[None]:
+    """Write down which keys the coordinator removes masks with."""
+    original = opening.apply_masks
+
+    def noting(vector: np.ndarray, add: Sequence[bytes], subtract: Sequence[bytes]) -> None:
+        seen.added, seen.subtracted = list(add), list(subtract)
+        original(vector, add, subtract)
+
+    opening.apply_masks = noting
+    try:
+        yield
+    finally:
+        opening.apply_masks = original
+
+
 def record(label: bool, late: bool, seed: object) -> Transcript:
     """One epoch. `label` decides which of two inputs with one opened sum is used; if `late`, the victim's upload
     reaches the coordinator after it declared the victim dropped."""
@@ -100,11 +99,13 @@ def record(label: bool, late: bool, seed: object) -> Transcript:
         return None if late and (envelope.type, name) == ("upload", VICTIM) else envelope.raw
 
     world.inbound = inbound
-    ready, outcome = world.setup(), world.round(1)
+    ready = world.setup()
+    with mask_keys_seen(seen):
+        outcome = world.round(1)
     assert isinstance(ready, EpochReady)
     assert isinstance(outcome, Aggregate), outcome
     np.testing.assert_allclose(outcome.sum, 1.0 if late else 1.5, atol=1e-9)
-    seen.transcript, seen.opened = ready.transcript, outcome
+    seen.opened = outcome
     return seen
 
 
