@@ -11,10 +11,10 @@ READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench bench-secagg clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## run the main job on eight synthetic groups: minutes on two cores
 	@$(BIN)/appa-secure run experiment=demo
@@ -30,6 +30,9 @@ lint: $(READY) ## check style, types and import contracts
 
 bench: $(READY) ## measure speed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m bench
+
+bench-secagg: $(READY) ## measure secure aggregation beside Flower's (options: ARGS='--help')
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.secagg $(ARGS)
 
 clean: ## remove the environment, caches and build products; runs/ and client_state/ stay
 	rm -rf $(VENV) build dist *.egg-info .appa_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

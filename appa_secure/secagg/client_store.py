@@ -138,7 +138,7 @@ def load(
         sessions = dict(fields["sessions"])
         epoch = _load_epoch(fields["epoch"], directory) if fields["epoch"] else None
         return sessions, ClientState(fields["state"]), epoch
-    except (ValueError, KeyError, TypeError, IndexError, ProtocolError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, ProtocolError) as error:
         if isinstance(error, CorruptState):
             raise
         raise CorruptState(

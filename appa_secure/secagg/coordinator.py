@@ -29,6 +29,7 @@ from .coordinator_phases import (
 from .coordinator_store import CoordinatorEpoch, dump, load
 from .errors import (
     BadParameters,
+    CorruptState,
     IllegalEvent,
     OutOfOrder,
     ProtocolError,
@@ -297,19 +298,25 @@ class CoordinatorMachine:
 
     @classmethod
     def restore(cls, state: bytes, directory: Directory) -> CoordinatorMachine:
-        """The machine that exported `state`, in the same phase: go on with `pending()` or `driver.resume`."""
+        """The machine that exported `state`, in the same phase: go on with `pending()` or `driver.resume`.
+
+        Raises `CorruptState` for damaged bytes.
+        """
         phase, min_cohort, release, epoch = load(state, directory)
         p = epoch.parameters
-        machine = cls(
-            p.session,
-            directory,
-            clients=p.clients,
-            threshold=p.threshold,
-            min_cohort=min_cohort,
-            rounds=p.rounds,
-            ring_bits=p.ring_bits,
-            release=release,
-        )
+        try:
+            machine = cls(
+                p.session,
+                directory,
+                clients=p.clients,
+                threshold=p.threshold,
+                min_cohort=min_cohort,
+                rounds=p.rounds,
+                ring_bits=p.ring_bits,
+                release=release,
+            )
+        except (BadParameters, TypeError) as error:
+            raise CorruptState(f"coordinator state holds parameters no session runs with: {error}") from None
         machine.state, machine._epoch = phase, epoch
         return machine
 

@@ -116,7 +116,7 @@ def load(data: bytes, directory: Directory) -> tuple[CoordinatorState, int, Any,
             fields["release"],
             _load(fields, directory),
         )
-    except (ValueError, KeyError, TypeError, IndexError, ProtocolError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, ProtocolError) as error:
         if isinstance(error, CorruptState):
             raise
         raise CorruptState(f"coordinator state cannot be read: {type(error).__name__}") from None

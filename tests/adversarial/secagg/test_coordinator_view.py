@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import pytest
 from scipy.stats import binom, chi2
 
 from appa_secure.secagg import Aggregate, Layout, Segment
+from tests.adversarial.secagg.view import CLASSIFIERS, hits, record
 from tests.secagg.world import World
 
 WIDE = Layout((Segment("reward", 4096, 0.0, 1.0),))
@@ -35,33 +39,51 @@ def test_equal_vectors_in_two_rounds_give_unrelated_uploads() -> None:
     assert len(np.unique(difference)) == WIDE.size
 
 
-def test_a_distinguisher_learns_nothing_from_same_sum_inputs() -> None:
-    """Two input sets with one sum: a linear rule fitted on half the rounds guesses the others at chance."""
-    layout = Layout((Segment("reward", 8, 0.0, 1.0),))
-    rounds = 120
-    low, high = np.full(8, 0.1), np.full(8, 0.9)
-    world = World(3, layout=layout, rounds=rounds, seed="view")
-    world.setup()
-    labels = np.random.default_rng(5).integers(0, 2, rounds)
-    views = []
-    for r, label in enumerate(labels, start=1):
-        ordered = (low, high) if label else (high, low)
-        world.vectors = {"site-00": ordered[0], "site-01": ordered[1], "site-02": np.full(8, 0.5)}
-        outcome = world.round(r)
-        assert isinstance(outcome, Aggregate)
-        np.testing.assert_allclose(outcome.sum, 1.5, atol=1e-10)
-        upload = np.concatenate([np.frombuffer(world.uploads[n], "<u8") for n in world.names])
-        views.append(upload / 2.0**63 - 1)
-    x, y = np.array(views), 2.0 * labels - 1
-    half = rounds // 2
-    weights, *_ = np.linalg.lstsq(x[:half], y[:half], rcond=None)
-    hits = int((np.sign(x[half:] @ weights) == y[half:]).sum())
-    assert binom.ppf(1e-4, half, 0.5) <= hits <= binom.ppf(1 - 1e-4, half, 0.5)
-    # the same rule on unmasked uploads is perfect: the test can fail
-    coding = layout.preflight(3)
-    clear = np.array([coding.encode(low if label else high) / 2.0**51 for label in labels])
-    weights, *_ = np.linalg.lstsq(np.c_[clear[:half], np.ones(half)], y[:half], rcond=None)
-    assert (np.sign(np.c_[clear[half:], np.ones(half)] @ weights) == y[half:]).all()
+def view(count: int, late: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features of `count` transcripts (numbers, octets) and their labels."""
+    labels = np.random.default_rng(5).integers(0, 2, count)
+    seen = [record(bool(label), late, (late, i)) for i, label in enumerate(labels)]
+    return np.array([t.numbers() for t in seen]), np.array([t.octets() for t in seen]), labels
+
+
+def within_chance(right: int, of: int) -> bool:
+    return bool(binom.ppf(1e-5, of, 0.5) <= right <= binom.ppf(1 - 1e-5, of, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("late", "count"),
+    [(False, 2_000), (True, 1_000)],
+    ids=["everybody in time", "the victim is declared dropped"],
+)
+def test_a_distinguisher_learns_nothing_from_same_sum_inputs(late: bool, count: int) -> None:
+    """Two inputs with one opened sum: classifiers trained on half of the transcripts (bundles, shares, uploads, answers;
+    the masks that may be removed, removed) guess the other half at chance."""
+    numbers, octets, labels = view(count, late)
+    for features, classifier in ((numbers, "linear"), (numbers, "network"), (octets, "linear")):
+        right, of = hits(features, labels, classifier)
+        assert within_chance(right, of), f"{classifier} guesses {right} of {of}"
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["no pairwise masks", "no self-mask"])
+def test_the_distinguisher_wins_when_a_mask_is_removed(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same classifiers, the same features, 300 transcripts of clients that leave one kind of mask out."""
+    from appa_secure.secagg import client
+
+    apply = client.apply_masks
+
+    def careless(vector: np.ndarray, add: Sequence[bytes], subtract: Sequence[bytes]) -> None:
+        apply(vector, *((add[1:], subtract) if late else (add[:1], ())))  # the self-mask comes first
+
+    def victim_only(vector: np.ndarray, add: Sequence[bytes], subtract: Sequence[bytes]) -> None:
+        # The victim has the smallest name and adds all its masks; the others have to unmask correctly.
+        (careless if len(add) == 3 else apply)(vector, add, subtract)
+
+    monkeypatch.setattr(client, "apply_masks", victim_only if late else careless)
+    numbers, _, labels = view(300, late)
+    for classifier in CLASSIFIERS:
+        right, of = hits(numbers, labels, classifier)
+        assert not within_chance(right, of), f"{classifier} guesses only {right} of {of}"
+        assert right > 0.95 * of
 
 
 def _chi_square(data: bytes) -> float:

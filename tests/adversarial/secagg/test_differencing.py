@@ -1,6 +1,7 @@
 """Participation differencing: the sum with and without one party gives that party's vector.
 
-It succeeds under `recover` (so it is not the default among few institutions), fails under `abort`.
+It succeeds under `recover` (so it is not the default among few institutions), fails under `abort`, and `noise` is
+refused as long as there is no noise to be had.
 """
 
 from __future__ import annotations
@@ -8,8 +9,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from appa_secure.secagg import Aborted, Aggregate
-from tests.secagg.world import LAYOUT, World
+from appa_secure.secagg import (
+    Aborted,
+    Aggregate,
+    BadParameters,
+    ClientPolicy,
+    CohortTooSmall,
+    CoordinatorMachine,
+    EpochReady,
+    ReleaseRefused,
+)
+from tests.secagg.world import CONTEXT, LAYOUT, World
 
 VICTIM = "site-03"
 
@@ -57,3 +67,57 @@ def test_a_new_epoch_without_the_victim_is_refused_under_abort() -> None:
     reply = world.answer("site-00", proposal(world, clients=others))
     assert b"must list all" in reply
     assert LAYOUT.size == len(world.vectors[VICTIM])
+
+
+@pytest.mark.parametrize("kind", ["bundle", "shares", "ack or ready", "upload", "answer"])
+def test_under_abort_no_message_can_be_lost_to_get_a_partial_sum(kind: str) -> None:
+    """The coordinator, which itself would recover, suppresses the victim's message of each kind in turn."""
+    world = World(6, release="abort", asked="recover")
+    world.inbound = lambda name, e: None if name == VICTIM and e.type in kind.split() else e.raw
+    if not isinstance(world.setup(), EpochReady):
+        return
+    outcome = world.round(1)
+    if kind == "answer":  # the victim is in the sum, its answer is not needed
+        assert isinstance(outcome, Aggregate)
+        assert outcome.contributors == world.names
+    else:
+        assert isinstance(outcome, Aborted)
+        codes = {f.code for f in outcome.faults if f.kind == "refusal"}
+        assert codes == {"ReleaseRefused" if kind == "upload" else "WrongRoster"}
+
+
+def test_under_abort_two_stories_do_not_make_two_sums() -> None:
+    """Half of the clients hear of the whole roster, half of a roster without the victim."""
+    world = World(6, release="abort")
+    world.setup()
+    step = world.coordinator.begin_round(1, CONTEXT, LAYOUT)
+    for name, message in step.outbound.items():
+        assert world.answer(name, message) is not None
+    others = [name for name in world.names if name != VICTIM]
+    whole = world.request("unmask", 1, {"survivors": list(world.names), "dropped": []})
+    part = world.request("unmask", 1, {"survivors": others, "dropped": [VICTIM]})
+    for name in others:
+        with pytest.raises(ReleaseRefused, match=VICTIM):
+            world.clients[name].unmask(part)
+        world.clients[name].unmask(whole)  # the refused question has not used the round up
+
+
+def test_under_recover_a_minimum_cohort_of_all_prevents_it() -> None:
+    world = World(6, release="recover", min_cohort=6)
+    world.setup()
+    step = world.coordinator.begin_round(1, CONTEXT, LAYOUT)
+    others = [name for name in world.names if name != VICTIM]
+    part = world.request("unmask", 1, {"survivors": others, "dropped": [VICTIM]})
+    for name in others:
+        world.answer(name, step.outbound[name])
+        with pytest.raises(CohortTooSmall):
+            world.clients[name].unmask(part)
+
+
+def test_noise_is_no_release_policy_before_there_is_noise() -> None:
+    """A policy that promises noise and opens partial sums without it would be worse than none."""
+    with pytest.raises(BadParameters, match="noise"):
+        ClientPolicy(release="noise")
+    world = World(3)
+    with pytest.raises(BadParameters, match="noise"):
+        CoordinatorMachine(b"s", world.directory, min_cohort=2, release="noise")

@@ -1,0 +1,376 @@
+"""Remove one mechanism of secure aggregation at a time, and see which test notices.
+
+    .venv/bin/python -m tests.mutations.secagg [--only 4] [--markdown docs/results/mutations.md]
+
+Each row of `ROWS` is an edit (or several, where a mechanism has two sides) and the test that must fail under it. Rows
+are applied to a temporary copy of the tree, one at a time; the tests of all rows must pass in an unedited copy first.
+A row whose text is not found, or found twice, is an error that names the row: adapt it to the code, do not delete it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from appa_secure.progress import Progress
+
+REPO = Path(__file__).resolve().parents[2]
+COPIED = ("appa_secure", "clients", "coordinator", "configs", "tests", "pyproject.toml")
+PACKAGE = "appa_secure/secagg/"
+TIMEOUT = 600
+
+PROPERTIES = {
+    1: "pairwise seeds of full entropy, bound to their purpose",
+    2: "a keystream is never used twice",
+    3: "authenticated roster",
+    4: "double masking, never both secrets of one party",
+    5: "round, roster, layout and context are bound into the masks",
+    6: "no replay, after a restart too",
+    7: "threshold, cohort and parameters are validated before any key",
+    8: "exact sums after dropouts, or a clean abort",
+    9: "no wrap, no silent clipping",
+    10: "shares and secrets",
+    11: "sparse sharing graph",
+    12: "the coordinator's view says nothing but the sum",
+    13: "known answers and failure cases",
+    14: "strict wire format, and the release policy",
+}
+PENDING: dict[int, str] = {11: "the sharing graph is complete in this tree: there is nothing to remove yet"}
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Replace `old`, which must occur exactly once in the package: wherever that is, code moves between files."""
+
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """Without `mechanism` of property number `property`, `test` must fail."""
+
+    property: int
+    mechanism: str
+    edits: tuple[Edit, ...]
+    test: str
+
+    @property
+    def name(self) -> str:
+        return f"property {self.property}, {self.mechanism}"
+
+
+def row(number: int, mechanism: str, test: str, *edits: tuple[str, str]) -> Row:
+    return Row(number, mechanism, tuple(Edit(*edit) for edit in edits), f"tests/{test}")
+
+
+LIES = "adversarial/secagg/test_coordinator_lies.py::"
+VIEW = "adversarial/secagg/test_coordinator_view.py::"
+HOLES = "adversarial/secagg/test_peer_holes.py::"
+DISTINGUISHER = VIEW + "test_a_distinguisher_learns_nothing_from_same_sum_inputs"
+IN_TIME, LATE = "[everybody in time]", "[the victim is declared dropped]"
+DRIVER = "secagg/test_driver.py::"
+VECTORS = "secagg/test_vectors.py::"
+POINTS = "secagg/test_fixedpoint.py::"
+
+ROWS = (
+    # 1
+    row(1, "the last step to a mask key uses all bits of the seed", HOLES + "test_every_bit_of_a_seed_counts",
+        ("return expand(seed, ", "return expand(seed[:4], ")),
+    row(1, "session, epoch, both identities and round in a pair's seed",
+        VECTORS + "test_a_whole_epoch_replays_byte_for_byte",
+        ('bind("pair-seed", parameters.session, parameters.epoch, first, second, round_id)',
+         'bind("pair-seed")')),
+    row(1, "keys come from the random source", HOLES + "test_keys_are_not_found_by_guessing_the_randomness",
+        ("self._rng = rng\n", "self._rng = __import__('random').Random(1).randbytes\n")),
+    # 2
+    row(2, "round, coding and context in a mask key",
+        "secagg/test_masks.py::test_keys_differ_in_round_coding_and_context",
+        ('bind("mask", round_id, coding, context)', 'bind("mask")')),
+    row(2, "keys of their own for every round", VIEW + "test_equal_vectors_in_two_rounds_give_unrelated_uploads",
+        ('bind("mask", round_id, coding, context)', 'bind("mask", coding, context)'),
+        ("privates = [self._rng(KEY_BYTES) for _ in rounds]",
+         "privates = [self._rng(KEY_BYTES)] * len(rounds)"),
+        ("seeds = [self._rng(KEY_BYTES) for _ in rounds]",
+         "seeds = [self._rng(KEY_BYTES)] * len(rounds)"),
+        ('bind("pair-seed", parameters.session, parameters.epoch, first, second, round_id)',
+         'bind("pair-seed", parameters.session, parameters.epoch, first, second)'),
+        ('bind("self-seed", parameters.session, parameters.epoch, client, round_id)',
+         'bind("self-seed", parameters.session, parameters.epoch, client)')),
+    row(2, "the whole vector is masked", "secagg/test_masks.py::test_masks_add_whole_keystreams_modulo_the_ring",
+        ("for start in range(0, vector.size, step or 1):", "for start in range(0, step, step or 1):")),
+    # 3
+    row(3, "signatures are verified", LIES + "test_a_swapped_key_is_refused",
+        ("if not directory.verifies(", "if not directory or directory.verifies(")),
+    row(3, "parties of the proposal must be in the client's directory",
+        HOLES + "test_invented_peers_do_not_surround_a_lone_client",
+        ("if client not in directory:", "if not client:")),
+    row(3, "bundles must come from parties of the proposal", LIES + "test_an_invented_peer_is_refused",
+        ("if sender not in p.clients:", "if not sender:")),
+    row(3, "a client's own bundle must be in the roster", LIES + "test_own_bundle_cannot_be_replaced_or_left_out",
+        ("if self.client_id not in roster.names or", "if False and")),
+    # 4
+    row(4, "pairwise masks", DISTINGUISHER + IN_TIME,
+        ("                key = mask_key(seeds[r - 1].tobytes(), r, coding.digest, context)\n",
+         "                continue\n"),
+        ("    for gone in answers.dropped:\n", "    for gone in answers.dropped[:0]:\n")),
+    row(4, "self-masks", DISTINGUISHER + LATE,
+        ("add = [mask_key(own, r, coding.digest, context)]", "add: list[bytes] = []"),
+        ("    add: list[bytes] = []\n    for gone", "    add: list[bytes] = []\n    subtract = []\n    for gone")),
+    row(4, "a party cannot be both survivor and dropped", LIES + "test_a_party_named_in_both_lists_is_refused",
+        ("for name in sorted(set(survivors) & set(dropped)):", "for name in ():")),
+    row(4, "one partition per round", LIES + "test_the_second_share_kind_is_not_obtained_by_asking_again",
+        ("if r < epoch.last_round or (r == epoch.last_round and self.state is ClientState.READY):",
+         "if r < epoch.last_round:"),
+        ("        epoch.wipe_used(masks_to=r, shares_to=r)\n", ""),
+        ('(_C.UPLOADED, "unmask"): _C.READY,',
+         '(_C.UPLOADED, "unmask"): _C.READY, (_C.READY, "unmask"): _C.READY,')),
+    # 5
+    row(5, "the context in the mask key", LIES + "test_different_contexts_for_different_clients_yield_noise",
+        ('bind("mask", round_id, coding, context)', 'bind("mask", round_id, coding)')),
+    row(5, "a client compares the context with its own",
+        LIES + "test_another_layout_or_context_is_refused_by_the_client_that_sees_it",
+        ('if envelope.body["context"] != context:', "if not context:")),
+    row(5, "a client compares the layout with its own", HOLES + "test_scale_and_clipping_are_the_clients_own",
+        ('if envelope.body["coding"] != coding.digest:', "if not coding.digest:")),
+    row(5, "the transcript salts a pair's seed",
+        LIES + "test_different_rosters_for_different_clients_give_no_sum",
+        ("return derive(shared, transcript, info)", 'return derive(shared, b"", info)')),
+    row(5, "acknowledgements of one transcript", LIES + "test_different_rosters_for_different_clients_give_no_sum",
+        ("        if not epoch.confirmed:\n", "        if False:\n")),
+    # 6
+    row(6, "rounds only increase", LIES + "test_rounds_cannot_be_replayed_or_reordered",
+        ("if not epoch.last_round < r <= p.rounds:", "if not 0 < r <= p.rounds:")),
+    row(6, "the last round survives a restart", DRIVER + "test_everybody_may_be_killed_between_any_two_messages",
+        ('"last_round": epoch.last_round,', '"last_round": 0,')),
+    row(6, "replies already given survive a restart",
+        DRIVER + "test_everybody_may_be_killed_between_any_two_messages",
+        ("[[key, reply] for key, reply in epoch.answers.items()]", "[]")),
+    row(6, "epochs only increase", LIES + "test_rounds_cannot_be_replayed_or_reordered",
+        ("if envelope.epoch <= self._sessions.get(envelope.session, 0):", "if envelope.epoch < 1:")),
+    row(6, "a message belongs to one session and epoch", HOLES + "test_messages_of_one_session_do_nothing_in_another",
+        ("if (envelope.session, envelope.epoch) != (session, epoch):", "if envelope.epoch != epoch:")),
+    # 7
+    row(7, "the client's own threshold", LIES + "test_weak_proposals_are_refused_before_any_key_is_made",
+        ("if parameters.threshold < needed:", "if needed < 1:")),
+    row(7, "the client's own minimum cohort", LIES + "test_weak_proposals_are_refused_before_any_key_is_made",
+        ("if len(parties) < self.min_cohort:", "if len(parties) < 1:")),
+    row(7, "the client's own ring", HOLES + "test_modulus_and_threshold_are_the_clients_own",
+        ("if parameters.ring_bits != self.ring_bits:", "if parameters.ring_bits < 1:")),
+    row(7, "more than half of the parties", LIES + "test_policy_and_threshold_are_validated_locally",
+        ("if not n < 2 * self.threshold <= 2 * n:", "if not 0 < self.threshold <= n:")),
+    row(7, "a client counts the survivors", LIES + "test_lies_about_dropouts_are_refused",
+        ("if len(survivors) < epoch.parameters.threshold:", "if len(survivors) < 1:")),
+    # 8
+    row(8, "masks towards dropped parties are removed with their sign",
+        DRIVER + "test_any_dropout_pattern_gives_the_survivors_sum_or_a_clean_abort",
+        ("(subtract if name < gone else add)", "(add if name < gone else subtract)")),
+    row(8, "the coordinator stops below the threshold",
+        DRIVER + "test_any_dropout_pattern_gives_the_survivors_sum_or_a_clean_abort",
+        ("if len(present) < self.parameters.threshold:", "if len(present) < 0:")),
+    row(8, "who is silent is reported", DRIVER + "test_any_dropout_pattern_gives_the_survivors_sum_or_a_clean_abort",
+        ("self._epoch.outbound.keys() - self._epoch.inbox.keys() - blamed",
+         "self._epoch.outbound.keys() & set()")),
+    # 9
+    row(9, "the worst-case sum counts every party", HOLES + "test_a_sum_of_1100_does_not_wrap",
+        ("while bits >= 0 and parties * math.ceil(", "while bits >= 0 and 1 * math.ceil(")),
+    row(9, "too little precision is refused", POINTS + "test_overflow_is_refused_with_the_segments_name",
+        ("if fraction < segment.min_bits:", "if fraction < 0:")),
+    row(9, "values out of range are refused", POINTS + "test_out_of_range_is_counted_and_named",
+        ("        if not inside.all():\n",
+         "        values = np.clip(values, self._lo, self._hi)\n        if False:\n")),
+    row(9, "a sum that cannot be is recognised", POINTS + "test_noise_is_recognised",
+        ("        if bad.any():\n", "        if False:\n")),
+    # 10
+    row(10, "shares hide the secret", "secagg/test_shamir.py::test_fewer_than_threshold_shares_fit_every_secret",
+        ("values = (values + row) * x % PRIME", "values = (values + row * 0) * x % PRIME")),
+    row(10, "a wrong share is pinned on its holder",
+        DRIVER + "test_a_corrupted_share_is_pinned_on_its_author_and_survived",
+        ("if not _is_committed(roster, round_id, name, answers, secrets.get(name))",
+         "if secrets.get(name) is None")),
+    row(10, "secrets are compared with their commitments", DRIVER + "test_a_dealer_whose_shares_give_no_secret_is_named",
+        ("return seed_commitment(roster.parameters, name, round_id, secret) == bundle.commitment(round_id)",
+         "return bool(bundle.commitment(round_id))")),
+    row(10, "packets are bound to who deals to whom", VECTORS + "test_a_whole_epoch_replays_byte_for_byte",
+        ('return bind("share-packet", parameters.session, parameters.epoch, roster, dealer, holder)',
+         'return b""')),
+    row(10, "used secrets are zeroed", DRIVER + "test_used_rounds_leave_no_secrets",
+        ("        self.seeds[:masks_to] = 0\n        self.pair_seeds[:, :masks_to] = 0\n", "")),
+    row(10, "used shares are zeroed", DRIVER + "test_used_rounds_leave_no_secrets",
+        ("        self.held[:, :shares_to] = 0\n", "")),
+    row(10, "closing destroys secrets", DRIVER + "test_closing_destroys_secrets_everywhere",
+        ("            self._epoch.wipe()\n", "            pass\n")),
+    row(10, "secrets are not printed", DRIVER + "test_machines_and_keys_do_not_print_secrets",
+        ("@dataclass(repr=False)", "@dataclass"),
+        ("    def open_epoch(",
+         "    def __repr__(self) -> str:\n        return repr(vars(self))\n\n    def open_epoch(")),
+    # 12
+    row(12, "masks cover all bits of an entry", DISTINGUISHER + IN_TIME,
+        ("operation(part, stream[: part.size], out=part)",
+         "operation(part, stream[: part.size] >> np.uint8(16), out=part)")),
+    # 13
+    row(13, "labels of the key schedule", VECTORS + "test_a_whole_epoch_replays_byte_for_byte",
+        ('bind("share-key",', 'bind("share-keys",')),
+    row(13, "failures have their names", VECTORS + "test_failures",
+        ("raise BothShareKinds(COORDINATOR,", "raise WrongRoster(COORDINATOR,")),
+    # 14
+    row(14, "trailing bytes are an error", "secagg/test_wire.py::test_bad_messages_name_their_sender",
+        ("    if end != len(data):\n", "    if end > len(data):\n")),
+    row(14, "unknown fields are an error", HOLES + "test_a_metric_beside_the_vector_is_refused",
+        ("if fields.keys() != forms.keys():", "if not fields.keys() >= forms.keys():")),
+    row(14, "decoders raise the protocol's own errors only",
+        "adversarial/secagg/test_fuzz.py::test_twenty_thousand_malformed_messages",
+        ("    if at >= len(data):\n        raise NotCanonical(\"ends too early\")\n", "")),
+    row(14, "`abort` opens nothing partial", "adversarial/secagg/test_differencing.py::test_differencing_fails_under_abort",
+        ('if self._policy.release == "abort" and dropped:', "if False and dropped:")),
+    row(14, "`abort` takes no smaller roster",
+        "adversarial/secagg/test_differencing.py::test_a_new_epoch_without_the_victim_is_refused_under_abort",
+        ('if self.release == "abort" and set(parameters.clients) != set(directory):', "if False:")),
+)  # fmt: skip
+
+
+Result = tuple[Row, str, tuple[str, ...]]
+
+
+class Stale(Exception):
+    """A row that no longer fits the code."""
+
+
+def apply(entry: Row, tree: Path) -> dict[Path, str]:
+    """Edit the package in `tree`; returns the edited files' contents from before. Raises `Stale` and changes nothing if
+    text is missing."""
+    before = {path: path.read_text("utf-8") for path in sorted((tree / PACKAGE).glob("*.py"))}
+    after = dict(before)
+    for edit in entry.edits:
+        found = [path for path, text in after.items() for _ in range(text.count(edit.old))]
+        if len(found) != 1:
+            raise Stale(f"{entry.name}: text occurs {len(found)} times in {PACKAGE}: {edit.old.strip()!r}")
+        after[found[0]] = after[found[0]].replace(edit.old, edit.new)
+        try:
+            compile(after[found[0]], str(found[0]), "exec")
+        except SyntaxError as error:
+            raise Stale(f"{entry.name}: the edit of {found[0].name} does not compile: {error}") from None
+    changed = {path: text for path, text in before.items() if after[path] != text}
+    for path in changed:
+        path.write_text(after[path], "utf-8")
+    return changed
+
+
+@contextmanager
+def copied_tree() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        tree = Path(folder)
+        for name in COPIED:
+            source = REPO / name
+            if source.is_dir():
+                shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy2(source, tree / name)
+        yield tree
+
+
+def pytest(tree: Path, nodes: Sequence[str], timeout: int = TIMEOUT) -> tuple[int, str]:
+    """Exit status and output of a run in `tree`, with nothing of this tree on the path."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tree),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider",
+               "-m", "not bench", *nodes]  # fmt: skip
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout)
+    return done.returncode, done.stdout + done.stderr
+
+
+def try_row(entry: Row, tree: Path) -> tuple[str, tuple[str, ...]]:
+    """`caught`, `survived`, or what went wrong; and the files that were edited."""
+    before = apply(entry, tree)
+    files = tuple(path.name for path in before)
+    try:
+        status, output = pytest(tree, [entry.test])
+    except subprocess.TimeoutExpired:
+        return f"no end after {TIMEOUT} s", files
+    finally:
+        for path, text in before.items():
+            path.write_text(text, "utf-8")
+    if status == 0:
+        return "survived", files
+    if status == 1:
+        return "caught", files
+    return f"pytest ended with status {status}: {output.strip().splitlines()[-1]}", files
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The record for docs/results."""
+    lines = [
+        "# Mutations of secure aggregation",
+        "",
+        "Written by `python -m tests.mutations.secagg --markdown docs/results/mutations.md`. In each row one mechanism is",
+        "removed from a copy of the code, and the named test is run; *caught* means that it fails. The edits are in",
+        "`tests/mutations/secagg.py`. All tests pass without an edit.",
+        "",
+        "| property | removed | in | test | |",
+        "|---|---|---|---|---|",
+    ]
+    for entry, result, edited in results:
+        files = " ".join(f"`{PACKAGE}{name}`" for name in edited)
+        lines.append(
+            f"| {entry.property}. {PROPERTIES[entry.property]} | {entry.mechanism} | {files} | `{entry.test}` "
+            f"| {result} |"
+        )
+    lines += [f"\n{number}. {PROPERTIES[number]}: {why}." for number, why in PENDING.items()]
+    caught = sum(result == "caught" for _, result, _ in results)
+    return "\n".join(lines) + f"\n\n{caught} of {len(results)} caught.\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutations.secagg",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--only", type=int, action="append", metavar="N", help="rows of this property; may be repeated"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the record")
+    args = parser.parse_args(argv)
+    rows = [entry for entry in ROWS if not args.only or entry.property in args.only]
+    results: list[Result] = []
+    began = time.monotonic()
+    with Progress() as progress, copied_tree() as tree:
+        nodes = sorted({entry.test for entry in rows})
+        progress.note(f"{len(nodes)} tests without an edit")
+        status, output = pytest(tree, nodes, 5 * TIMEOUT)
+        if status != 0:
+            print(f"{output}\nThe tests must pass before anything is removed.", file=sys.stderr)
+            return 2
+        for done, entry in enumerate(rows, start=1):
+            try:
+                result, files = try_row(entry, tree)
+            except Stale as error:
+                result, files = "stale", ()
+                progress.note(str(error))
+            results.append((entry, result, files))
+            progress.step("mutations", done, len(rows), result=result, removed=entry.name)
+    if args.markdown:
+        args.markdown.write_text(markdown(results), "utf-8")
+    for entry, result, _ in results:
+        if result != "caught":
+            print(f"{result.upper()}: {entry.name} ({entry.test})")
+    caught = sum(result == "caught" for _, result, _ in results)
+    print(f"{caught} of {len(results)} mutations caught in {time.monotonic() - began:.0f} s")
+    return 0 if caught == len(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
