@@ -214,8 +214,8 @@ def primitives() -> list[tuple[str, Seconds]]:
     t = -(-2 * N // 3)
     secrets = np.frombuffer(os.urandom(32 * N), np.uint8).reshape(N, 32)
     dealt = shamir.share(secrets, t, N, os.urandom)
-    points = list(range(1, t + 1))
-    rows = np.ascontiguousarray(dealt[:t])
+    points = np.tile(np.arange(1, t + 1, dtype=np.int64), (N, 1))  # (S, t)
+    rows = np.ascontiguousarray(dealt[:t].transpose(1, 0, 2))  # (S, t, 9)
     works: tuple[tuple[str, Callable[[], object], int], ...] = (
         ("X25519 key agreement", lambda: a.exchange(b), 100),
         ("Ed25519 signature", lambda: signer.sign(CONTEXT), 100),
@@ -271,8 +271,7 @@ class Report:
             table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
         for row in rows:
             table.add_row(*(f"[bold red]{c}[/]" if c == "MISSED" else c for c in row))
-        console = Console()
-        console.print(table, width=max(console.width, 100))
+        Console(width=max(Console().width, 110)).print(table)  # a table cut at 80 columns loses its figures
 
     def markdown(self, preface: str) -> str:
         parts = [preface]
