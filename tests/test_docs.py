@@ -15,6 +15,7 @@ from appa_secure.secagg.wire import BODIES
 REPO = Path(__file__).resolve().parent.parent
 CLAIMS = REPO / "threat_model" / "README.md"
 SYSTEM = REPO / "threat_model" / "system.md"
+SPECIFICATION = REPO / "threat_model" / "secure_aggregation.md"
 SKIPPED = {"runs", "client_state", "build", "dist", "node_modules"}
 MARKDOWN = sorted(
     path
@@ -155,6 +156,6 @@ def diagram(transitions: Mapping[tuple[Enum, str], Enum]) -> str:
 @pytest.mark.parametrize("transitions", [CLIENT_TABLE, COORDINATOR_TABLE], ids=["client", "coordinator"])
 def test_state_diagrams_are_the_transition_tables(transitions: Mapping[tuple[Enum, str], Enum]) -> None:
     drawn = re.findall(
-        r"^```mermaid\n(stateDiagram.*?)\n```$", SYSTEM.read_text("utf-8"), re.MULTILINE | re.DOTALL
+        r"^```mermaid\n(stateDiagram.*?)\n```$", SPECIFICATION.read_text("utf-8"), re.MULTILINE | re.DOTALL
     )
-    assert diagram(transitions) in drawn, "paste this into system.md:\n" + diagram(transitions)
+    assert diagram(transitions) in drawn, "paste this into secure_aggregation.md:\n" + diagram(transitions)

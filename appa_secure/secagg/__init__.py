@@ -44,7 +44,12 @@ were not given up, at least t - c (complete graph), or a large part of them exce
 Another round's secrets: every round has keys of its own, dealt as such; shares of earlier rounds are zeroed.
 Replays: rounds only increase, on state that is persisted before a reply leaves. Sums over chosen subsets: the
 release policy (`ClientPolicy.release`). A wrong share, seal or pair seed: pinned on its author and survived.
-The arguments in full are decisions 4, 13 and 14 in docs/decisions.
+
+Members join, leave and rotate keys between epochs, by each site's own `ClientMachine.update_directory`; the
+coordinator begins the next epoch of the session with a new machine.
+
+The specification, byte by byte, with the security argument: threat_model/secure_aggregation.md. Why it is built like
+this: decisions 4, 13 and 14 in docs/decisions.
 
 What it does not do: it does not check what a client puts in (a party can report any in-range vector), it
 does not hide who took part, and a sum of few parties says much about each (keep `min_cohort` up). Python cannot wipe

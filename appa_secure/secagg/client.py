@@ -85,10 +85,7 @@ class ClientMachine:
         policy: ClientPolicy,
         rng: Rng = os.urandom,
     ) -> None:
-        if directory.get(client_id) != identity.public_bytes():
-            raise BadParameters(
-                f"directory does not list '{client_id}' with the public key of the given identity"
-            )
+        _check_listed(client_id, identity, directory)
         self.client_id = client_id
         self.state = ClientState.IDLE
         self._identity = identity
@@ -290,6 +287,20 @@ class ClientMachine:
         self._epoch = None
         self.state = ClientState.IDLE
 
+    def update_directory(self, directory: Directory, identity: IdentityKey | None = None) -> None:
+        """From now on the parties of `directory` may take part: some joined, left, or rotated their key, this
+        client itself if `identity` is its new key.
+
+        The site's own decision: no message leads here. Ends the current epoch, whose roster was verified against
+        the old directory. Epoch numbers stay used, so that nobody ever signs two transcripts of one epoch. Raises
+        `BadParameters`, and changes nothing, unless `directory` lists this client with its key. Persist
+        `export_state()` together with the new directory and key.
+        """
+        identity = identity or self._identity
+        _check_listed(self.client_id, identity, directory)
+        self.close_epoch()
+        self._directory, self._identity = directory, identity
+
     def export_state(self) -> bytes:
         """Everything needed to go on after a crash. SECRET: for this client's private store only."""
         return dump(self.client_id, self._identity.public_bytes(), self._sessions, self.state, self._epoch)
@@ -326,6 +337,13 @@ class ClientMachine:
     def _seal(self, type_: str, request: Envelope, body: Mapping[str, object]) -> bytes:
         return seal(
             type_, request.session, request.epoch, request.round, self.client_id, body, self._identity
+        )
+
+
+def _check_listed(client_id: str, identity: IdentityKey, directory: Directory) -> None:
+    if directory.get(client_id) != identity.public_bytes():
+        raise BadParameters(
+            f"directory does not list '{client_id}' with the public key of the given identity"
         )
 
 

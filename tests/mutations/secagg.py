@@ -79,6 +79,7 @@ HOLES = "adversarial/secagg/test_peer_holes.py::"
 DISTINGUISHER = VIEW + "test_a_distinguisher_learns_nothing_from_same_sum_inputs"
 IN_TIME, LATE = "[everybody in time]", "[the victim is declared dropped]"
 DRIVER = "secagg/test_driver.py::"
+MEMBERSHIP = "secagg/test_membership.py::"
 VECTORS = "secagg/test_vectors.py::"
 POINTS = "secagg/test_fixedpoint.py::"
 
@@ -159,6 +160,10 @@ ROWS = (
         ("if envelope.epoch <= self._sessions.get(envelope.session, 0):", "if envelope.epoch < 1:")),
     row(6, "a message belongs to one session and epoch", HOLES + "test_messages_of_one_session_do_nothing_in_another",
         ("if (envelope.session, envelope.epoch) != (session, epoch):", "if envelope.epoch != epoch:")),
+    row(6, "epoch numbers outlive a new directory",
+        MEMBERSHIP + "test_an_update_destroys_the_epoch_and_remembers_its_number",
+        ("self._directory, self._identity = directory, identity",
+         "self._directory, self._identity, self._sessions = directory, identity, {}")),
     # 7
     row(7, "the client's own threshold", LIES + "test_weak_proposals_are_refused_before_any_key_is_made",
         ("if parameters.threshold < needed:", "if needed < 1:")),
@@ -209,6 +214,9 @@ ROWS = (
         ("        self.held[:, :shares_to] = 0\n", "")),
     row(10, "closing destroys secrets", DRIVER + "test_closing_destroys_secrets_everywhere",
         ("            self._epoch.wipe()\n", "            pass\n")),
+    row(10, "a new directory destroys the epoch",
+        MEMBERSHIP + "test_an_update_destroys_the_epoch_and_remembers_its_number",
+        ("        self.close_epoch()\n        self._directory, self", "        self._directory, self")),
     row(10, "secrets are not printed", DRIVER + "test_machines_and_keys_do_not_print_secrets",
         ("@dataclass(repr=False)", "@dataclass"),
         ("    def open_epoch(",
