@@ -19,6 +19,18 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from .errors import BadParameters
 
+_X25519_PRIME = 2**255 - 19
+_ORDER_EIGHT = (
+    325606250916557431795983626356110631294008115727848805560023387167927233504,
+    39382357235489614581723060781553021112529911719440698176882885853963445705823,
+)
+LOW_ORDER = frozenset(
+    (u | top).to_bytes(32, "little")
+    for u in (0, 1, *_ORDER_EIGHT, _X25519_PRIME - 1, _X25519_PRIME, _X25519_PRIME + 1)
+    for top in (0, 1 << 255)
+)
+"""All X25519 public keys with which every agreement gives zero (RFC 7748 ignores the top bit)."""
+
 Rng = Callable[[int], bytes]
 """Source of randomness: `rng(n)` returns n uniformly random bytes. `os.urandom` outside tests."""
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .errors import BadEncoding, BelowThreshold, WrongRoster
-from .keys import COORDINATOR, KEY_BYTES, Directory, digest
+from .keys import COORDINATOR, KEY_BYTES, LOW_ORDER, Directory, digest
 from .policy import EpochParameters
-from .schedule import KINDS
+from .schedule import KINDS, split
 from .wire import BUNDLE, Envelope, expect, parse, verify
 
 
@@ -56,6 +56,8 @@ def check_bundle(envelope: Envelope, parameters: EpochParameters) -> Bundle:
     for field, each in (("mask_keys", 1), ("commitments", KINDS)):
         if len(body[field]) != KEY_BYTES * parameters.rounds * each:
             raise BadEncoding(envelope.sender, f"bundle: field '{field}' has {len(body[field])} bytes")
+    if not LOW_ORDER.isdisjoint([body["encryption_key"], *split(body["mask_keys"])]):
+        raise WrongRoster(envelope.sender, "its bundle holds a low-order point")
     return Bundle(
         envelope.sender, body["encryption_key"], body["mask_keys"], body["commitments"], envelope.raw
     )

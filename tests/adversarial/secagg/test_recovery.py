@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appa_secure.secagg import (
     Aggregate,
+    BelowThreshold,
     ClientMachine,
     CoordinatorMachine,
-    CoordinatorState,
     EpochReady,
+    IdentityKey,
+    OutOfOrder,
     dealing,
     opening,
     policy,
@@ -223,6 +226,42 @@ def test_seed_shares_travel_under_the_senders_own_answer_key_only() -> None:
         key = answer_key(own[name], epoch.transcript, epoch.parameters, name, 1)
         sealed = answer.body["seeds"]
         assert ChaCha20Poly1305(key).decrypt(bytes(12), sealed, None) == pack(held[name])
+        foreign = [own[other] for other in world.names if other != name]
+        for secret in (bytes(32), *foreign):  # what else the coordinator may know or open
+            key = answer_key(secret, epoch.transcript, epoch.parameters, name, 1)
+            with pytest.raises(InvalidTag):
+                ChaCha20Poly1305(key).decrypt(bytes(12), sealed, None)
+
+
+def test_a_table_row_is_opened_by_the_mask_key_of_its_round_only(monkeypatch) -> None:
+    world, keys = World(5), {}
+    honest = dealing.seal_pair_seeds
+
+    def seal(epoch, transcript, client, seeds):
+        keys[client] = [secrets[MASK_KEY].tobytes() for secrets in epoch.secrets]
+        return honest(epoch, transcript, client, seeds)
+
+    monkeypatch.setattr(dealing, "seal_pair_seeds", seal)
+    world.setup()
+    epoch = world.coordinator._epoch
+    for name, client in world.clients.items():
+        for r, seeds in enumerate(client._epoch.pair_seeds, start=1):
+            view = Opening(
+                epoch.roster, epoch.graph, epoch.transcript, r, world.names, (), epoch.digests, epoch.tables
+            )
+            assert view._open_row(name, keys[name][r - 1]) == [seed.tobytes() for seed in seeds]
+            for key in (bytes(32), keys[name][r % 3], *(keys[n][r - 1] for n in world.names if n != name)):
+                assert view._open_row(name, key) == []
+
+
+def test_nobody_answers_for_a_round_without_an_upload() -> None:
+    world = World(5)
+    world.setup()
+    client = world.clients["site-00"]
+    before = client.export_state()
+    with pytest.raises(OutOfOrder):
+        client.unmask(world.request("unmask", 1, {"survivors": list(world.names), "dropped": []}))
+    assert client.export_state() == before
 
 
 def test_a_sparse_graph_gives_exact_sums_through_dropouts_and_restarts(sparse: Sharing) -> None:
@@ -291,17 +330,48 @@ def test_acknowledgements_must_rule_out_a_second_transcript(sparse: Sharing) -> 
         assert 2 * real_sparse(n).acks > n + n // 5
 
 
+def test_forged_acknowledgements_do_not_count(sparse: Sharing) -> None:
+    """The coordinator knows the transcript, and can write it down in everybody's name."""
+    world = World(40, rounds=1, seed="forged")
+    world.setup()
+    step = world.coordinator.begin_round(1, CONTEXT, LAYOUT)
+    body = parse(step.outbound["site-03"], "coordinator").body
+    stranger = IdentityKey.generate(seeded("stranger"))
+    forged = [
+        reseal(ack, ack.body, stranger)
+        for ack in (parse(raw, named_sender(raw, "x")) for raw in body["acks"])
+    ]
+    for acks in (forged, [*body["acks"][: sparse.acks - 1], *forged[sparse.acks - 1 :]]):
+        reply = parse(world.answer("site-03", world.request("round", 1, {**body, "acks": acks})), "site-03")
+        assert (reply.type, reply.body["code"]) == ("refusal", "BadSignature")
+
+
+def test_a_roster_below_the_quorum_is_refused(sparse: Sharing) -> None:
+    """Among too few, holders could be picked for their wards: the threshold, 27 of 40, is not enough."""
+    world = World(40, rounds=1, seed="quorum")
+    requests = world.coordinator.propose(1).outbound
+    bundles = [world.answer(name, message) for name, message in requests.items()]
+    client = world.clients["site-03"]
+    with pytest.raises(BelowThreshold, match="at least 36 are needed"):
+        client.deal_shares(world.request("roster", 0, {"bundles": bundles[: sparse.quorum - 1]}))
+    assert client.deal_shares(world.request("roster", 0, {"bundles": bundles[: sparse.quorum]}))
+
+
 def test_holders_are_a_clients_own_choice(sparse: Sharing) -> None:
-    """Nothing the coordinator or another client sends decides who holds a client's shares."""
+    """Nothing the coordinator or another client sends decides who holds a client's shares: for one and the same
+    roster, the same client draws others each time."""
     world = World(40, rounds=1, seed="choice")
-    chosen = []
+    requests = world.coordinator.propose(1).outbound
+    bundles = [world.answer(name, message) for name, message in requests.items()]
+    before = world.clients["site-03"].export_state()
+    chosen = set()
     for again in range(3):
-        for name, client in world.clients.items():
-            client._rng = seeded((again, name))
-        world.coordinator.state = CoordinatorState.IDLE
-        assert isinstance(world.setup(again + 1), EpochReady)
-        chosen.append(world.clients["site-03"]._epoch.holders)
-    assert len(set(chosen)) == 3
+        client = ClientMachine.restore(
+            before, "site-03", world.identities["site-03"], world.directory, world.policy, seeded(again)
+        )
+        client.deal_shares(world.request("roster", 0, {"bundles": bundles}))
+        chosen.add(client._epoch.holders)
+    assert len(chosen) == 3
 
 
 def test_too_few_or_foreign_holders_are_refused(sparse: Sharing) -> None:
