@@ -207,6 +207,14 @@ def test_a_client_that_forgets_what_it_answered_is_found_out(monkeypatch: pytest
     assert found_out()
 
 
+# Each breaks one or more of the broken machines here; the search alone meets a lie that matters only now and then.
+TELLING: tuple[tuple[int, Schedule, Schedule, Schedule], ...] = (
+    (4, (), (Hit("round", 0, "request lost"),), (Hit("unmask", 1, "wrong shares", 3),)),
+    (6, (Hit("roster", 2, "other seeds"),), (), (Hit("round", 2, "request lost"),)),
+    (9, (Hit("start", 2, "crash"),), (Hit("round", 1, "crash"), Hit("unmask", 0, "twice")), ()),
+)
+
+
 def found_out() -> bool:
     """Whether some schedule makes a claim fail; if none does, the claims are worth nothing."""
 
@@ -217,6 +225,8 @@ def found_out() -> bool:
             return True
         return False
 
+    if any(fails(plan) for plan in TELLING):
+        return True
     try:
         find(
             epochs(),
@@ -230,9 +240,8 @@ def found_out() -> bool:
 
 def test_the_claims_hold_for_the_schedules_that_find_broken_machines() -> None:
     """Without a break nothing is found: the tests above do not succeed for another reason."""
-    play((4, (), (Hit("round", 0, "request lost"),), (Hit("unmask", 1, "wrong shares", 3),)))
-    play((6, (Hit("roster", 2, "other seeds"),), (), (Hit("round", 2, "request lost"),)))
-    play((9, (Hit("start", 2, "crash"),), (Hit("round", 1, "crash"), Hit("unmask", 0, "twice")), ()))
+    for plan in TELLING:
+        play(plan)
 
 
 @pytest.mark.parametrize("seed", range(4))
