@@ -74,7 +74,7 @@ class Opening:
         """The shares in clear of an answer, (wards, 9); raises `BadEncoding` when a field has a wrong size."""
         wards, gone = self.graph.wards[answer.sender], self._gone
         shares = shamir.unpack(answer.body["shares"], len(wards))
-        alive = sum(ward not in gone for ward in wards)
+        alive = len(wards) - len(gone.intersection(wards))
         if (
             shares is None
             or len(answer.body["checks"]) != CHECK_BYTES * len(self._dropped_peers(answer.sender))
