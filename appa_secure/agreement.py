@@ -48,6 +48,8 @@ class Agreement:
     ring_bits: int
     rounds_per_epoch: int
     embedder: str
+    version: int = 0  # of the membership in force; not digested, as a run is founded once
+    period: int = 0  # see `appa_secure.membership`
     secure_rng: bool = field(default=False, compare=False)
     truth: bool = field(default=False, compare=False)
 
@@ -70,6 +72,12 @@ class Agreement:
     def cohort(self) -> bool:
         """Sums inside each group; the coordinator sees one mean per group."""
         return self.mode == "cohort"
+
+    @property
+    def once_per_period(self) -> bool:
+        """Whether an answer is summed with one set of parties only: a policy that opens no partial sum for differencing
+        opens no two sums of different members for it either. In clear mode too, so that it can be compared."""
+        return self.release == "abort" and not self.cohort
 
     @property
     def needs_normaliser(self) -> bool:

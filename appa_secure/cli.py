@@ -1,4 +1,4 @@
-"""The command line: `appa-secure run | sweep | report | audit verify | fields`.
+"""The command line: `appa-secure run | sweep | report | members | audit verify | fields`.
 
 Standard output carries paths only, so that commands can be chained; tables, progress and errors go to
 standard error. Expected failures end with one readable message: exit code 2 for a configuration that cannot
@@ -168,6 +168,27 @@ def report(
         console.people.print(reporting.terminal_table(summary))
     for page in pages:
         typer.echo(page)
+
+
+@app.command()
+def members(
+    directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run that is going on, or stopped.")],
+    leave: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A member that leaves.")] = None,
+    join: Annotated[list[str] | None, typer.Option(metavar="NAME", help="One that left and comes back.")] = None,
+    rotate: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Gets a new signing key.")] = None,
+) -> None:
+    """Change who takes part in a run, from its next alignment step on.
+
+    Tells every site's machine, and the coordinator last, as the operators of a deployment would. Refused, with nothing
+    changed, below secagg.min_cohort. Repeat an option for several names. Standard output names the file written.
+    """
+    _existing(directory, records.CONFIG)
+    from appa_secure import launch
+    from appa_secure.membership import FILE
+
+    news = launch.change_members(directory, leave=leave or (), join=join or (), rotate=rotate or ())
+    _say(f"membership {news.version}: {len(news.groups)} clients, {', '.join(sorted(news.groups))}")
+    typer.echo(directory / FILE)
 
 
 @audit.command("verify")

@@ -227,7 +227,7 @@ def _aggregation(c: Config) -> Iterator[Problem]:
     if c.secagg.mode == "cohort":
         return  # the coordinator computes on means in float64; no exponential is ever summed in fixed point
     aggregation = c.aggregation
-    limit = _largest_exponent(c)
+    limit = largest_exponent(c.secagg.ring_bits, max(c.data.known_groups or 0, c.secagg.min_cohort))
     wider = "" if c.secagg.ring_bits == 64 else " or secagg.ring_bits=64"
     drowns = f"drowns in the rounding of secagg.ring_bits={c.secagg.ring_bits}"
     if aggregation.kind in ("min", "max") and aggregation.sharpness > limit:
@@ -242,10 +242,9 @@ def _aggregation(c: Config) -> Iterator[Problem]:
         )  # fmt: skip
 
 
-def _largest_exponent(c: Config) -> float:
+def largest_exponent(ring_bits: int, groups: int) -> float:
     """Largest s for which exp(-s), in a sum over all groups, keeps _EXP_PRECISION_BITS bits in the ring."""
-    groups = max(c.data.known_groups or 0, c.secagg.min_cohort)
-    fraction_bits = c.secagg.ring_bits - 1 - math.ceil(math.log2(groups))
+    fraction_bits = ring_bits - 1 - math.ceil(math.log2(groups))
     return (fraction_bits - _EXP_PRECISION_BITS) * math.log(2)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,14 @@ import torch
 
 from appa_secure import data as surveys
 from appa_secure.agreement import Agreement, make_agreement
-from appa_secure.config import Config
+from appa_secure.config import Config, load
 from appa_secure.data import GroupData, split_members
 from appa_secure.embedder import build_embedder, embed_points
 from appa_secure.errors import ConfigError
+from appa_secure.journal import atomic_write
+from appa_secure.membership import FILE, Membership, membership_of, next_membership, renewed
 from appa_secure.progress import Progress
-from appa_secure.records import RunDir
+from appa_secure.records import CONFIG, RunDir
 from appa_secure.secagg.keys import Directory, IdentityKey
 
 if TYPE_CHECKING:
@@ -56,10 +58,14 @@ class Parts:
             self.holdings[client_id],
             self.agreement,
             self.embeddings,
-            ClientStore(self.client_root / _folder(client_id)),
+            ClientStore(self.site(client_id)),
             _identity(secret),
             noise_key=_noise_key(secret) if self.noise_from_seed else None,
         )
+
+    def site(self, client_id: str) -> Path:
+        """Folder of a client's store, where its operator also leaves the membership."""
+        return self.client_root / _folder(client_id)
 
     @property
     def noise_from_seed(self) -> bool:
@@ -147,6 +153,51 @@ def prepare(config: Config, root: Path, progress: Progress | None = None) -> Par
     )
 
 
+def change_members(
+    root: Path, *, leave: Sequence[str] = (), join: Sequence[str] = (), rotate: Sequence[str] = ()
+) -> Membership:
+    """Act as the operators of all sites of the run in `root`: agree on other members and tell every machine.
+
+    leave: members that go. join: founding members that come back. rotate: members, or such as come back, that get a new
+    signing key. May be called while the run goes on: the sites are told first, the coordinator last, and follows before
+    its next alignment step. Raises ConfigError, and writes nothing, for a change that no site should follow.
+    """
+    from clients.store import IDENTITY
+
+    parts = prepare(load(root / CONFIG), root)
+    known = parts.agreement.groups
+    if strange := sorted({*leave, *join, *rotate} - set(known)):
+        raise ConfigError(f"{', '.join(strange)}: not among this run's clients, {', '.join(sorted(known))}")
+    told = {c: _told(parts.site(c)) for c in known}
+    current = _told(root) or membership_of(parts.agreement)
+    latest = max([current.version, *(m.version for m in told.values() if m is not None)])
+    fresh = {c: os.urandom(32) for c in rotate}
+
+    def public(client: str) -> bytes:
+        stored = parts.site(client) / IDENTITY
+        seed = fresh.get(client) or (stored.read_bytes() if stored.exists() else None)
+        key = _identity(parts.seeds[client]) if seed is None else IdentityKey.from_seed(seed)
+        return key.public_bytes()
+
+    news = next_membership(
+        current, latest, leave=leave, join={c: (known[c], public(c)) for c in join},
+        rotate={c: public(c) for c in rotate if c not in join},
+    )  # fmt: skip
+    agreement = parts.agreement if current.version == 0 else renewed(parts.agreement, current)
+    renewed(agreement, news)
+    for client, seed in fresh.items():
+        atomic_write(parts.site(client) / IDENTITY, seed)
+        os.chmod(parts.site(client) / IDENTITY, 0o600)
+    for folder in (*(parts.site(c) for c in known), root):
+        atomic_write(folder / FILE, news.encode())
+    return news
+
+
+def _told(folder: Path) -> Membership | None:
+    path = folder / FILE
+    return Membership.decode(path.read_bytes()) if path.exists() else None
+
+
 class LocalFederation:
     """All clients in this process; every request and reply still crosses the boundary as bytes.
 
@@ -162,7 +213,8 @@ class LocalFederation:
 
     def exchange(self, requests: Mapping[str, bytes]) -> dict[str, bytes]:
         """Ask the clients; a handler that returns None has dropped out."""
-        running = {client: self._pool.submit(self.handlers[client], raw) for client, raw in requests.items()}
+        there = {c: raw for c, raw in requests.items() if c in self.handlers}
+        running = {client: self._pool.submit(self.handlers[client], raw) for client, raw in there.items()}
         replies = {client: future.result() for client, future in running.items()}
         return {client: reply for client, reply in replies.items() if reply is not None}
 

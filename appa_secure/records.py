@@ -119,6 +119,10 @@ class Transcript:
         """A set-up of secure aggregation: who takes part and the fingerprint of each client's signing key."""
         self._append("epoch", epoch=epoch, roster_hash=roster_hash, fingerprints=dict(fingerprints), **facts)
 
+    def membership(self, version: int, period: int, clients: Mapping[str, Any], **facts: Any) -> None:
+        """Other members from the next epoch on: all of them with group and public key, and who changed."""
+        self._append("membership", version=version, period=period, clients=dict(clients), **facts)
+
     def round(
         self,
         epoch: int,

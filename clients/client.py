@@ -19,7 +19,8 @@ import numpy as np
 from appa_secure.aggregation import contribution
 from appa_secure.agreement import PREDICTOR, Agreement
 from appa_secure.data import GroupData
-from appa_secure.errors import AppaError, PrivacyError
+from appa_secure.errors import AppaError, ConfigError, PrivacyError
+from appa_secure.membership import Membership, Scored, renewed
 from appa_secure.messages import (
     REPLIES,
     REQUESTS,
@@ -39,6 +40,7 @@ from appa_secure.secagg.client import ClientMachine
 from appa_secure.secagg.driver import respond
 from appa_secure.secagg.errors import BadEncoding, ProtocolError, RemoteMisbehaviour, ReplayedRound
 from appa_secure.secagg.keys import COORDINATOR, IdentityKey
+from appa_secure.secagg.wire import PROPOSE, peek
 from appa_secure.tasks import parse
 from clients.context import private_context, raw_context, sensitivity
 from clients.store import ClientStore
@@ -74,7 +76,7 @@ class Client:
                 f"client {client_id!r}: privacy.unit=respondent needs to know which answers are one person's; use data with "
                 "respondents, or privacy.unit=response"
             )
-        self.client_id, self._data, self.agreement = client_id, data, agreement
+        self.client_id, self._data, self._founding = client_id, data, agreement
         self._embeddings, self._store, self._identity, self._rng = dict(embeddings), store, identity, rng
         self._state = store.load()
         if not self._state:
@@ -86,6 +88,12 @@ class Client:
                 "context": {},
                 "vector": {},
             }
+        # What this site's operator changed since the run was founded, as far as it has come into force.
+        stored = self._state.get("membership")
+        self.agreement = renewed(agreement, Membership.decode(stored)) if stored else agreement
+        if self._state.get("identity"):
+            self._identity = IdentityKey.from_seed(self._state["identity"])
+        self._scored = Scored(store.scored_path)
         self._ledger = (
             Ledger(store.ledger_path, client_id, agreement.budget) if agreement.plan.private else None
         )
@@ -136,7 +144,11 @@ class Client:
     # -- set-up ----------------------------------------------------------------------------------------------------
 
     def _setup(self, body: Mapping[str, Any]) -> bytes:
-        mine = self.agreement
+        mine = self._founding
+        if self.client_id not in self.agreement.groups:
+            self._renew(now=True)  # one that joins later
+            if self.client_id not in self.agreement.groups:
+                raise Refusal("NotAMember", "this site's operator has not made it a member of the run")
         if body["agreement"] != mine.digest():
             raise Refusal(
                 "AgreementMismatch", "the coordinator's configuration of this run differs from this site's"
@@ -195,8 +207,49 @@ class Client:
             )
         return self._machines[session]
 
+    def _renew(self, now: bool) -> None:
+        """Take over what this site's operator says of who takes part, if it is news.
+
+        Who is told to leave stops at once. The others open what the epoch in progress opens, with everyone who began
+        it, and follow when the next is proposed (`now`), in alignment only. Raises Refusal, and changes nothing, for a
+        membership no site should follow.
+        """
+        raw = self._store.membership()
+        try:
+            news = Membership.decode(raw) if raw is not None else None
+            if news is None or news.run != self.agreement.plan.run or news.version <= self.agreement.version:
+                return
+            if self.client_id not in news.groups:
+                for session in [*self._state["machines"]]:
+                    self._machine(session).close_epoch()
+                self._save()
+                raise Refusal("Withdrawn", f"this site left the run with membership {news.version}")
+            if not now:
+                return
+            agreement, identity = renewed(self.agreement, news), self._identity
+            if news.directory[self.client_id] != identity.public_bytes():
+                seed = self._store.new_identity()
+                if seed is None or len(seed) != 32:
+                    raise ConfigError("the membership lists a new key of this site, but there is no identity.seed")
+                identity = IdentityKey.from_seed(seed)
+                if news.directory[self.client_id] != identity.public_bytes():
+                    raise ConfigError("the membership lists a key of this site that is not its own")
+                self._state["identity"] = seed
+        except ConfigError as error:
+            raise Refusal("BadMembership", str(error)) from None
+        machines = {session: self._machine(session) for session in self._state["machines"]}
+        if agreement.period != self.agreement.period and (h := self._state["history"]):
+            self._state["history"] = {"floor": max(h.get(k, 0) for k in ("pending_step", "step", "floor"))}
+        self.agreement, self._identity, self._state["membership"] = agreement, identity, raw
+        sessions = agreement.sessions(self.client_id)
+        for session, machine in machines.items():
+            machine.update_directory(sessions[session][0], identity)
+        self._save()
+
     def _secagg(self, body: Mapping[str, Any]) -> bytes:
-        machine, message = self._machine(body["session"]), body["message"]
+        message = body["message"]
+        self._renew(now=bool(self._state.get("predicted")) and _proposes(message))
+        machine = self._machine(body["session"])
         reply = respond(machine, message)
         return pack(REPLIES, "secagg", message=reply or b"")
 
@@ -292,10 +345,17 @@ class Client:
         return self._scorer
 
     def _score(self, body: Mapping[str, Any]) -> bytes:
-        a, scorer, step = self.agreement, self._targets(), body["step"]
+        scorer, step = self._targets(), body["step"]
+        self._renew(now=self.agreement.clear)  # without masks there are no epochs
+        a = self.agreement
         self._check_session(body, a.reward_session(a.groups[self.client_id]))
-        rewards = scorer.score(body["questions"], self._parsed(body))
+        answers = self._parsed(body)
+        rewards = scorer.score(body["questions"], answers)
         history = self._committed(step, body["opened"])
+        if a.once_per_period:
+            if barred := self._scored.barred(body["questions"], answers, a.period):
+                raise Refusal("ScoredBefore", f"{len(barred)} of these answers were scored with other members")
+            self._scored.add(body["questions"], answers, a.period)
         if a.cohort:
             vector = rewards
             # The group's history is the coordinator's; this says that the predictor is final.
@@ -346,7 +406,7 @@ class Client:
                 COORDINATOR,
                 f"score: says that step {opened} was opened last, here it was {last} or {pending}",
             )
-        if step <= (pending if opened == pending else last):
+        if step <= max(h.get("floor", 0), pending if opened == pending else last):
             raise ReplayedRound(COORDINATOR, f"alignment step {step} was opened before")
         if opened == pending:
             h.update(current=h.pop("pending"), step=h.pop("pending_step"))
@@ -367,3 +427,11 @@ class Client:
             REPLIES, "truth",
             **{n: json.dumps({q: p.tolist() for q, p in t.items()}).encode() for n, t in tables.items()},
         )  # fmt: skip
+
+
+def _proposes(message: bytes) -> bool:
+    """Whether a secure-aggregation message proposes an epoch."""
+    try:
+        return peek(message).type == PROPOSE
+    except ProtocolError:
+        return False

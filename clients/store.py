@@ -12,17 +12,20 @@ from typing import Any
 
 from appa_secure.errors import RunError
 from appa_secure.journal import atomic_write
+from appa_secure.membership import FILE as MEMBERSHIP
 from appa_secure.secagg import cbor
 
+IDENTITY = "identity.seed"  # secret
 
 class ClientStore:
-    """A directory with `state.cbor` (secret) and `ledger.jsonl`."""
+    """A directory with `state.cbor`, `scored.bin` (secret) and `ledger.jsonl`; and what the operator puts there."""
 
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         os.chmod(root, 0o700)
         self.root = root
         self.ledger_path = root / "ledger.jsonl"
+        self.scored_path = root / "scored.bin"
         self._path = root / "state.cbor"
         for leftover in root.glob(
             ".*.tmp"
@@ -45,6 +48,16 @@ class ClientStore:
         if not isinstance(state, dict):
             raise RunError(f"{self.root.name}/state.cbor is not a client state: restore it from a copy")
         return state
+
+    def membership(self) -> bytes | None:
+        """What this site's operator says of who takes part from the next epoch on; None before any change."""
+        path = self.root / MEMBERSHIP
+        return path.read_bytes() if path.exists() else None
+
+    def new_identity(self) -> bytes | None:
+        """The 32-byte seed of a signing key that replaces this client's, as its operator left it; else None."""
+        path = self.root / IDENTITY
+        return path.read_bytes() if path.exists() else None
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the state atomically; returns when it is on disk."""

@@ -316,6 +316,7 @@ class Pipeline:
             "mode": self.agreement.mode,
             "release": self.agreement.release,
             "rounds": len(rows),
+            "membership_changes": sum(row["event"] == "membership" for row in self.run_dir.transcript),
             "dropouts": sum(len(row["dropouts"]) for row in rows),
             "aborts": sum(row["event"] == "abort" for row in self.run_dir.transcript),
             "bytes_per_client_and_round": {kind: float(np.mean(b)) for kind, b in sorted(sent.items())},

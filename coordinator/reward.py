@@ -5,7 +5,8 @@
 
 One call is one alignment step: the rollouts go to the clients, each scores them against its group's private predicted
 preferences, and the coordinator turns the sums it receives into rewards (`appa_secure.aggregation`). Completions that
-are not an answer get the format penalty and are never sent; None marks rollouts that no quorum could score.
+are not an answer get the format penalty and are never sent; None marks rollouts that no quorum could score, and answers
+that were scored with other members. Between two steps the members may change (`coordinator.membership`).
 
 The call is idempotent. What a step opened is journalled under the step's number and the digest of its rollouts, so a
 trainer resumed from a checkpoint gets the same rewards without asking anyone again.
@@ -25,9 +26,11 @@ from appa_secure.aggregation import StepResult, combine, combine_clear
 from appa_secure.agreement import Agreement
 from appa_secure.errors import RunError
 from appa_secure.journal import canonical_json
+from appa_secure.membership import Scored
 from appa_secure.messages import pack_float
 from appa_secure.records import Journal
 from appa_secure.tasks import parse
+from coordinator.membership import follow
 from coordinator.rounds import NotOpened, Rounds, Summed
 
 _PATIENCE = 5  # steps in a row that may be discarded before the run stops and says who is missing
@@ -59,8 +62,8 @@ class FederatedReward:
         stamp: str = "not private",
     ) -> None:
         self.agreement, self.rounds, self.journal = agreement, rounds, journal
+        self._scored = Scored(rounds.run.path("stages") / "scored.bin")
         self.format_penalty, self.seen, self.stamp = format_penalty, seen, stamp
-        self.groups = tuple(sorted(set(agreement.groups.values())))
         self.rows: dict[int, dict[str, Any]] = {row["step"]: row for row in journal}
         self._discarded = 0
 
@@ -98,7 +101,10 @@ class FederatedReward:
         ]
         row = self.rows.get(step)
         if row is None:
-            row = self._query(step, asked, qids, texts, [i for i, a in enumerate(answers) if a is not None])
+            follow(self.rounds)
+            self.agreement = self.rounds.agreement
+            valid = [i for i, a in enumerate(answers) if a is not None]
+            row = self._query(step, asked, qids, texts, valid, self._repeated(qids, answers, valid))
             # Measured first: after a kill between the two the step is asked again and measured no second time.
             if self.seen is not None:
                 self.seen(step, qids, answers, row)
@@ -111,20 +117,35 @@ class FederatedReward:
             )
         return list(row["rewards"])
 
+    def _repeated(self, qids: Sequence[str], answers: Sequence[Any], valid: Sequence[int]) -> set[int]:
+        """Those of `valid` that were summed with other members: summed again, the difference would be a member's
+        reward. The clients refuse them. The others are remembered before anybody is asked."""
+        if not self.agreement.once_per_period:
+            return set()
+        period, questions, found = self.agreement.period, [qids[i] for i in valid], [answers[i] for i in valid]
+        barred = {valid[i] for i in self._scored.barred(questions, found, period)}
+        self._scored.add(questions, found, period)
+        return barred
+
     def _query(
-        self, step: int, asked: str, qids: Sequence[str], texts: Sequence[str], valid: Sequence[int]
+        self, step: int, asked: str, qids: Sequence[str], texts: Sequence[str], valid: Sequence[int], barred: set[int]
     ) -> dict[str, Any]:
         before = self._before(step)
         rewards: list[float | None] = [self.format_penalty] * len(qids)
         row: dict[str, Any] = {
             "stamp": self.stamp, "step": step, "asked": asked, "rewards": rewards, "malformed": len(qids) - len(valid),
-            "opened": False,
+            "opened": False, "period": self.agreement.period, "repeated": len(barred),
             "result": None, "histories": None if before.histories is None else list(before.histories), "reason": None,
             "weights": None,
         }  # fmt: skip
         if not valid:
             row["reason"] = "no completion was an answer"
             return row
+        # Left out of the update, like a step that was discarded.
+        for i in barred:
+            rewards[i] = None
+        valid = [i for i in valid if i not in barred]
+        outcome: tuple[StepResult, list[float] | None, dict[str, float] | None] | NotOpened
         payload = {
             "step": step,
             "opened": before.opened,
@@ -132,7 +153,10 @@ class FederatedReward:
             "questions": [qids[i] for i in valid],
             "answers": [texts[i] for i in valid],
         }
-        outcome = self._cohort(payload, before) if self.agreement.cohort else self._blind(payload)
+        if not valid:
+            outcome = NotOpened("every answer had been scored with other members")
+        else:
+            outcome = self._cohort(payload, before) if self.agreement.cohort else self._blind(payload)
         if isinstance(outcome, NotOpened):
             self._discarded += 1
             if self._discarded >= _PATIENCE:
@@ -153,9 +177,12 @@ class FederatedReward:
         return row
 
     def _before(self, step: int) -> _Alignment:
-        """The state that the steps before `step` left; malformed or discarded steps leave it as it was."""
+        """The state that the steps before `step` left; malformed or discarded steps leave it as it was, and histories
+        begin again with every period."""
         for number in range(step - 1, 0, -1):
             row = self.rows.get(number)
+            if row is not None and row["period"] != self.agreement.period:
+                break
             if row is not None and row["opened"]:
                 histories = None if row["histories"] is None else tuple(row["histories"])
                 return _Alignment(number, row["result"]["z_next"], histories)
@@ -172,12 +199,12 @@ class FederatedReward:
         self, payload: Mapping[str, Any], before: _Alignment
     ) -> tuple[StepResult, list[float], dict[str, float]] | NotOpened:
         a, batch = self.agreement, len(payload["questions"])
-        means = []
-        for group in self.groups:
+        groups, means = sorted(set(a.groups.values())), []
+        for group in groups:
             summed = self.rounds.sum(a.reward_session(group), "score", payload, a.reward_layout(batch))
             if not isinstance(summed, Summed):
                 return NotOpened(f"group {group}: {summed.reason}")
             means.append(np.clip(summed.sum / len(summed.contributors), 0.0, 1.0))
         previous = None if before.histories is None else np.array(before.histories)
         result, after, alpha = combine_clear(a.aggregation, np.stack(means), previous, before.z)
-        return result, after.tolist(), dict(zip(self.groups, alpha.tolist(), strict=True))
+        return result, after.tolist(), dict(zip(groups, alpha.tolist(), strict=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,8 @@ import numpy as np
 
 from appa_secure.agreement import PREDICTOR, Agreement
 from appa_secure.errors import RunError
-from appa_secure.journal import atomic_write
+from appa_secure.journal import atomic_write, canonical_json
+from appa_secure.membership import Membership, renewed
 from appa_secure.messages import REPLIES, REQUESTS, Message, Refused, digest, pack, unpack
 from appa_secure.records import RunDir
 from appa_secure.secagg.coordinator import CoordinatorMachine
@@ -56,11 +57,14 @@ class NotOpened:
     reason: str
 
 
-def ask(federation: Federation, kind: str, **body: Any) -> dict[str, Message]:
-    """Send one request to every client. Raises Refused for a refusal and RunError for a client that stays silent."""
+def ask(
+    federation: Federation, kind: str, clients: Sequence[str] | None = None, **body: Any
+) -> dict[str, Message]:
+    """Send one request to every client, or to `clients`. Raises Refused for a refusal and RunError for a client that stays silent."""
     raw = pack(REQUESTS, kind, **body)
-    replies = federation.exchange(dict.fromkeys(federation.clients, raw))
-    silent = sorted(set(federation.clients) - set(replies))
+    asked = federation.clients if clients is None else clients
+    replies = federation.exchange(dict.fromkeys(asked, raw))
+    silent = sorted(set(asked) - set(replies))
     if silent:
         raise RunError(
             f"no answer to {kind!r} from {', '.join(silent)}: bring the client back and resume the run"
@@ -77,11 +81,21 @@ def _reply(client: str, kind: str, raw: bytes) -> Message:
     return message
 
 
+def in_force(founding: Agreement, run: RunDir) -> Agreement:
+    """The agreement with the members that the transcript last recorded."""
+    for row in reversed(list(run.transcript)):
+        if row["event"] == "membership":
+            facts = {k: row[k] for k in ("version", "period", "clients")}
+            return renewed(founding, Membership.decode(canonical_json({"run": founding.plan.run, **facts})))
+    return founding
+
+
 class Rounds:
-    """All secure-aggregation sessions of one run."""
+    """All secure-aggregation sessions of one run. `agreement` has the members in force, `founding` the first ones."""
 
     def __init__(self, agreement: Agreement, federation: Federation, run: RunDir) -> None:
-        self.agreement, self.federation, self.run = agreement, federation, run
+        self.founding, self.federation, self.run = agreement, federation, run
+        self.agreement = in_force(agreement, run)
         self._machines: dict[str, CoordinatorMachine] = {}
         self._roster: dict[str, str] = {}
 
@@ -109,6 +123,11 @@ class Rounds:
             dropouts=outcome.dropped, session=session, bytes_per_client=wire.largest, culprits=list(outcome.culprits),
         )  # fmt: skip
         return Summed(outcome.sum, outcome.contributors, outcome.dropped, wire.replies)
+
+    def change(self, agreement: Agreement) -> None:
+        """Go on with other members: the epochs in progress end, the next sums set new ones up."""
+        self.close()
+        self.agreement = agreement
 
     def close(self) -> None:
         """End all epochs: clients destroy the secrets of rounds that will not be needed."""
@@ -158,8 +177,8 @@ class Rounds:
         self, session: str, kind: str, body: Mapping[str, Any], layout: Layout, context: bytes
     ) -> Summed | NotOpened:
         raw = pack(REQUESTS, kind, message=b"", **body)
-        replies = self.federation.exchange(dict.fromkeys(self.federation.clients, raw))
-        coding = layout.preflight(len(self.federation.clients))
+        replies = self.federation.exchange(dict.fromkeys(self.agreement.clients, raw))
+        coding = layout.preflight(len(self.agreement.clients))
         vectors, fields, sent = [], {}, {}
         for client, reply in sorted(replies.items()):
             message = _reply(client, kind, reply).body
@@ -170,7 +189,7 @@ class Rounds:
             vectors.append(np.frombuffer(message["message"], dtype=f"<u{layout.ring_bits // 8}"))
             fields[client] = {k: v for k, v in message.items() if k != "message"}
             sent[f"upload/{client}"] = hashlib.sha256(reply).hexdigest()
-        dropped = tuple(sorted(set(self.federation.clients) - set(fields)))
+        dropped = tuple(sorted(set(self.agreement.clients) - set(fields)))
         if dropped:
             self.run.transcript.abort("clients stayed silent", session=session, faults=list(dropped))
             return NotOpened(f"no answer from {', '.join(dropped)}")
