@@ -57,8 +57,8 @@ class Membership:
             clients, version, period = fields["clients"], fields["version"], fields["period"]
             if set(fields) != {"run", "version", "period", "clients"} or not isinstance(fields["run"], str):
                 raise ValueError("fields are not run, version, period, clients")
-            if type(version) is not int or type(period) is not int or not 1 <= period <= version:
-                raise ValueError("needs 1 <= period <= version")
+            if type(version) is not int or type(period) is not int or not 0 <= period <= version or not version:
+                raise ValueError("needs 0 <= period <= version, and 1 <= version")
             if any(set(c) != {"group", "key"} or not isinstance(c["group"], str) for c in clients.values()):
                 raise ValueError("a client is not {group, key}")
             directory = Directory({c: bytes.fromhex(facts["key"]) for c, facts in clients.items()})
@@ -87,8 +87,8 @@ def renewed(agreement: Agreement, news: Membership) -> Agreement:
         raise ConfigError(f"{FILE}: version {news.version} is not newer than {a.version}, which is in force")
     if moved := sorted(c for c in new.groups if a.groups.get(c, new.groups[c]) != new.groups[c]):
         raise ConfigError(f"{FILE}: {', '.join(moved)} would change group. Fix: a new client id")
-    if (news.period == a.period) != (set(new.groups) == set(a.groups)) and news.version == a.version + 1:
-        raise ConfigError(f"{FILE}: a new period begins exactly when the parties change. Fix: write it again")
+    if news.period == a.period and set(new.groups) != set(a.groups):
+        raise ConfigError(f"{FILE}: other parties begin a new period. Fix: period={news.version}")
     groups = sorted(set(new.groups.values()))
     if not a.cohort and len(groups) < len(new.groups):
         raise ConfigError(f"{FILE}: two clients share a group. Fix: one client per group, or secagg=cohort")

@@ -351,10 +351,10 @@ class Client:
         self._check_session(body, a.reward_session(a.groups[self.client_id]))
         answers = self._parsed(body)
         rewards = scorer.score(body["questions"], answers)
+        if a.once_per_period and (barred := self._scored.barred(body["questions"], answers, a.period)):
+            raise Refusal("ScoredBefore", f"{len(barred)} of these answers were scored with other members")
         history = self._committed(step, body["opened"])
         if a.once_per_period:
-            if barred := self._scored.barred(body["questions"], answers, a.period):
-                raise Refusal("ScoredBefore", f"{len(barred)} of these answers were scored with other members")
             self._scored.add(body["questions"], answers, a.period)
         if a.cohort:
             vector = rewards

@@ -60,7 +60,7 @@ class NotOpened:
 def ask(
     federation: Federation, kind: str, clients: Sequence[str] | None = None, **body: Any
 ) -> dict[str, Message]:
-    """Send one request to every client, or to `clients`. Raises Refused for a refusal and RunError for a client that stays silent."""
+    """Send one request to every client, or to `clients`. Raises Refused for a refusal and RunError for silence."""
     raw = pack(REQUESTS, kind, **body)
     asked = federation.clients if clients is None else clients
     replies = federation.exchange(dict.fromkeys(asked, raw))
@@ -111,11 +111,11 @@ class Rounds:
         wire = _Wire(self.federation, session, kind, body)
         outcome = resume(machine, wire.exchange, machine.begin_round(machine.last_round + 1, context, layout))
         if isinstance(outcome, Aborted):
-            faults = wire.faults + [f"{f.party}: {f.reason}" for f in outcome.faults]
+            faults = _faults(wire, outcome)
             self.run.transcript.abort(
                 outcome.reason, session=session, round=outcome.round, phase=outcome.phase, faults=faults
             )
-            return NotOpened("; ".join([outcome.reason, *wire.faults]))
+            return NotOpened(_reason(wire, outcome))
         assert isinstance(outcome, Aggregate)
         self.run.transcript.round(
             epoch=machine.parameters.epoch, round_id=outcome.round, kind=kind, context=context.hex(),
@@ -153,10 +153,11 @@ class Rounds:
         wire = _Wire(self.federation, session, "", {})
         outcome = resume(machine, wire.exchange, machine.propose(number))
         if isinstance(outcome, Aborted):
+            faults = _faults(wire, outcome)
             self.run.transcript.abort(
-                outcome.reason, session=session, epoch=number, phase=outcome.phase, faults=wire.faults
+                outcome.reason, session=session, epoch=number, phase=outcome.phase, faults=faults
             )
-            return NotOpened("; ".join([outcome.reason, *wire.faults]))
+            return NotOpened(_reason(wire, outcome))
         assert isinstance(outcome, EpochReady)
         self._roster[session] = outcome.transcript.hex()
         keys = {c: fingerprint("fingerprint", directory[c]).hex()[:16] for c in outcome.roster}
@@ -200,6 +201,17 @@ class Rounds:
             bytes_per_client=max(len(v) * layout.ring_bits // 8 for v in vectors),
         )  # fmt: skip
         return Summed(total, tuple(sorted(fields)), (), fields)
+
+
+def _faults(wire: _Wire, outcome: Aborted) -> list[str]:
+    """What went wrong with whom: refused by the client around the protocol, and in the protocol."""
+    return wire.faults + [f"{f.party}: {f.reason}" for f in outcome.faults]
+
+
+def _reason(wire: _Wire, outcome: Aborted) -> str:
+    """Why nothing was opened, with what clients gave as their reasons."""
+    refusals = [f"client {f.party!r} refused: {f.reason}" for f in outcome.faults if f.kind == "refusal"]
+    return "; ".join([outcome.reason, *wire.faults, *refusals])
 
 
 class _Wire:
