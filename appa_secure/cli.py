@@ -174,7 +174,9 @@ def report(
 def members(
     directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run that is going on, or stopped.")],
     leave: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A member that leaves.")] = None,
-    join: Annotated[list[str] | None, typer.Option(metavar="NAME", help="One that left and comes back.")] = None,
+    join: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="One that left and comes back.")
+    ] = None,
     rotate: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Gets a new signing key.")] = None,
 ) -> None:
     """Change who takes part in a run, from its next alignment step on.

@@ -169,7 +169,9 @@ def change_members(
     if strange := sorted({*leave, *join, *rotate} - set(known)):
         raise ConfigError(f"{', '.join(strange)}: not among this run's clients, {', '.join(sorted(known))}")
     if absent := sorted(c for c in known if not parts.site(c).is_dir()):
-        raise ConfigError(f"{', '.join(absent)}: no state yet. Fix: change members once the run has set its clients up")
+        raise ConfigError(
+            f"{', '.join(absent)}: no state yet. Fix: change members once the run has set its clients up"
+        )
     told = {c: _told(parts.site(c)) for c in known}
     current = _told(root) or membership_of(parts.agreement)
     latest = max([current.version, *(m.version for m in told.values() if m is not None)])

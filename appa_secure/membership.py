@@ -57,7 +57,12 @@ class Membership:
             clients, version, period = fields["clients"], fields["version"], fields["period"]
             if set(fields) != {"run", "version", "period", "clients"} or not isinstance(fields["run"], str):
                 raise ValueError("fields are not run, version, period, clients")
-            if type(version) is not int or type(period) is not int or not 0 <= period <= version or not version:
+            if (
+                type(version) is not int
+                or type(period) is not int
+                or not 0 <= period <= version
+                or not version
+            ):
                 raise ValueError("needs 0 <= period <= version, and 1 <= version")
             if any(set(c) != {"group", "key"} or not isinstance(c["group"], str) for c in clients.values()):
                 raise ValueError("a client is not {group, key}")
@@ -80,7 +85,9 @@ def renewed(agreement: Agreement, news: Membership) -> Agreement:
     than secagg.min_cohort, a client in another group, a sum that could overflow or drown in rounding.
     """
     a = agreement
-    new = replace(a, groups=dict(news.groups), directory=news.directory, version=news.version, period=news.period)
+    new = replace(
+        a, groups=dict(news.groups), directory=news.directory, version=news.version, period=news.period
+    )
     if news.run != a.plan.run:
         raise ConfigError(f"{FILE} is for run {news.run!r}, this is {a.plan.run!r}. Fix: take the right file")
     if news.version <= a.version:
@@ -104,9 +111,13 @@ def renewed(agreement: Agreement, news: Membership) -> Agreement:
         except BadParameters as error:
             raise ConfigError(f"{FILE}: {error}") from None
         limit, spec = largest_exponent(a.ring_bits, parties), a.aggregation
-        needed = {"appa": 1 / spec.temperature, "min": spec.sharpness, "max": spec.sharpness}.get(spec.kind, 0)
+        needed = {"appa": 1 / spec.temperature, "min": spec.sharpness, "max": spec.sharpness}.get(
+            spec.kind, 0
+        )
         if not a.cohort and needed > limit:
-            raise ConfigError(f"{FILE}: with {parties} parties exp(-{needed:g}) drowns in the rounding of the ring")
+            raise ConfigError(
+                f"{FILE}: with {parties} parties exp(-{needed:g}) drowns in the rounding of the ring"
+            )
     return new
 
 
@@ -126,16 +137,24 @@ def next_membership(
     for names, inside, what in ((leave, True, "leave"), (rotate, True, "rotate"), (join, False, "join")):
         wrong = sorted(n for n in names if (n in current.groups) != inside)
         if wrong:
-            raise ConfigError(f"{what} {', '.join(wrong)}: {'not a member' if inside else 'a member already'}")
+            raise ConfigError(
+                f"{what} {', '.join(wrong)}: {'not a member' if inside else 'a member already'}"
+            )
     if not (leave or join or rotate) or leave & set(rotate):
         raise ConfigError("nothing to change. Fix: name clients that leave, join or rotate, each once")
-    groups = {c: g for c, g in current.groups.items() if c not in leave} | {c: g for c, (g, _) in join.items()}
+    groups = {c: g for c, g in current.groups.items() if c not in leave} | {
+        c: g for c, (g, _) in join.items()
+    }
     keys = {**current.directory, **rotate, **{c: k for c, (_, k) in join.items()}}
     version = latest + 1
     # Where a site has a version that never came into force, nobody knows what it has begun: begin again.
     same = not leave and not join and latest == current.version
     return Membership(
-        current.run, version, current.period if same else version, groups, Directory({c: keys[c] for c in groups})
+        current.run,
+        version,
+        current.period if same else version,
+        groups,
+        Directory({c: keys[c] for c in groups}),
     )
 
 
@@ -173,4 +192,5 @@ class Scored:
 
 
 def _key(question: str, answer: Any) -> bytes:
-    return hashlib.sha256(canonical_json([question]) + answer.tobytes()).digest()[:16]
+    name = question.encode()
+    return hashlib.sha256(len(name).to_bytes(4, "little") + name + answer.tobytes()).digest()[:16]

@@ -230,7 +230,9 @@ class Client:
             if news.directory[self.client_id] != identity.public_bytes():
                 seed = self._store.new_identity()
                 if seed is None or len(seed) != 32:
-                    raise ConfigError("the membership lists a new key of this site, but there is no identity.seed")
+                    raise ConfigError(
+                        "the membership lists a new key of this site, but there is no identity.seed"
+                    )
                 identity = IdentityKey.from_seed(seed)
                 if news.directory[self.client_id] != identity.public_bytes():
                     raise ConfigError("the membership lists a key of this site that is not its own")

@@ -17,6 +17,7 @@ from appa_secure.secagg import cbor
 
 IDENTITY = "identity.seed"  # secret
 
+
 class ClientStore:
     """A directory with `state.cbor`, `scored.bin` (secret) and `ledger.jsonl`; and what the operator puts there."""
 

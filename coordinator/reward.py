@@ -122,13 +122,23 @@ class FederatedReward:
         reward. The clients refuse them. The others are remembered before anybody is asked."""
         if not self.agreement.once_per_period:
             return set()
-        period, questions, found = self.agreement.period, [qids[i] for i in valid], [answers[i] for i in valid]
+        period, questions, found = (
+            self.agreement.period,
+            [qids[i] for i in valid],
+            [answers[i] for i in valid],
+        )
         barred = {valid[i] for i in self._scored.barred(questions, found, period)}
         self._scored.add(questions, found, period)
         return barred
 
     def _query(
-        self, step: int, asked: str, qids: Sequence[str], texts: Sequence[str], valid: Sequence[int], barred: set[int]
+        self,
+        step: int,
+        asked: str,
+        qids: Sequence[str],
+        texts: Sequence[str],
+        valid: Sequence[int],
+        barred: set[int],
     ) -> dict[str, Any]:
         before = self._before(step)
         rewards: list[float | None] = [self.format_penalty] * len(qids)

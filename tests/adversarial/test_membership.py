@@ -72,7 +72,8 @@ def test_members_that_no_operator_told_the_sites_of_open_nothing(
             world.start("sybil")
             theta = np.load(run.path("predictor") / "parameters.npy").tobytes()
             for kind, body in (
-                ("setup", {"run": wanted.run, "agreement": world.agreement.digest()}), ("context", {}), ("freeze", {"parameters": theta}),
+                ("setup", {"run": wanted.run, "agreement": world.agreement.digest()}), ("context", {}),
+                ("freeze", {"parameters": theta}),
             ):  # fmt: skip
                 assert world.ask("sybil", kind, **body).kind == kind
         rounds.change(renewed(rounds.agreement, wanted))
@@ -140,7 +141,9 @@ def test_a_site_that_leaves_stops_at_once_and_opens_no_round_it_is_in(tmp_path: 
         refused(world.ask("g4", "secagg", session=REWARD, message=b""), "Withdrawn", "membership 1")
         assert world.members["g4"]._machine(REWARD)._epoch is None
         world.start("g4")
-        assert world.members["g4"]._machine(REWARD)._epoch is None  # its secrets are gone from the disk as well
+        assert (
+            world.members["g4"]._machine(REWARD)._epoch is None
+        )  # its secrets are gone from the disk as well
         assert isinstance(asked(world, rounds, 3, 1), NotOpened)
 
 
@@ -156,7 +159,10 @@ def test_the_same_rollouts_are_not_summed_with_and_without_a_member(tmp_path: Pa
         assert "6 of these answers were scored with other members" in without.reason
         run, reward = restarted(world, tmp_path, reward, run)  # nor after everybody restarted
         qids, texts = rollouts(world, 1)
-        one = {"questions": qids[:1], "answers": ["  ".join(texts[0].split())]}  # nor one of them, written otherwise
+        one = {
+            "questions": qids[:1],
+            "answers": ["  ".join(texts[0].split())],
+        }  # nor one of them, written otherwise
         payload = {"step": 4, "opened": 2, "z": b"", **one}
         single = reward.rounds.sum(REWARD, "score", payload, reward.agreement.reward_layout(1))
         assert isinstance(single, NotOpened)
@@ -193,13 +199,20 @@ def test_below_the_minimum_cohort_nobody_follows_and_nothing_changes(tmp_path: P
     with run:
         operators, reward = Operators(world, run), federated(world, run)
         reward.step(1, *rollouts(world, 1))
-        operators.change(leave=["g0", "g1", "g2"])  # the operators agree on it, against the agreement of the run
-        with pytest.raises(ConfigError, match=r"4 parties would be left, secagg.min_cohort=5.*keep more, or end the run"):
+        operators.change(
+            leave=["g0", "g1", "g2"]
+        )  # the operators agree on it, against the agreement of the run
+        with pytest.raises(
+            ConfigError, match=r"4 parties would be left, secagg.min_cohort=5.*keep more, or end the run"
+        ):
             reward.step(2, *rollouts(world, 2))
         # A coordinator without that check is refused by every site that stays, with the reason.
         liar = world.rounds(run)
         liar.agreement = replace(
-            liar.agreement, groups=operators.current.groups, directory=operators.current.directory, min_cohort=3
+            liar.agreement,
+            groups=operators.current.groups,
+            directory=operators.current.directory,
+            min_cohort=3,
         )
         found = asked(world, liar, 2, 1)
         assert isinstance(found, NotOpened)

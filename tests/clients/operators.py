@@ -27,7 +27,9 @@ class Operators:
         for client in rotate:
             self.seeds[client] = hashlib.sha256(f"{client}/{version}".encode()).digest()
         keys = {
-            c: (IdentityKey.from_seed(self.seeds[c]) if c in self.seeds else self.world.identities[c]).public_bytes()
+            c: (
+                IdentityKey.from_seed(self.seeds[c]) if c in self.seeds else self.world.identities[c]
+            ).public_bytes()
             for c in (*join, *rotate)
         }
         return next_membership(

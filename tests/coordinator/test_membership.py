@@ -56,7 +56,9 @@ class Oracle:
         self.members, self.history, self.z, self.period = names, None, None, self.period + 1
 
     def step(self, qids: Sequence[str], texts: Sequence[str]) -> list[float | None]:
-        answers = [parse(t, self.world.agreement.questions[q], "dpa") for q, t in zip(qids, texts, strict=True)]
+        answers = [
+            parse(t, self.world.agreement.questions[q], "dpa") for q, t in zip(qids, texts, strict=True)
+        ]
         keys = [(q, a.tobytes()) for q, a in zip(qids, answers, strict=True)]
         new = [i for i, k in enumerate(keys) if self.seen.setdefault(k, self.period) == self.period]
         out: list[float | None] = [None] * len(qids)
@@ -127,7 +129,9 @@ def test_leave_return_with_a_new_key_and_join(tmp_path: Path, spec: AggregationS
         ]  # fmt: skip
     verify(tmp_path / "run" / "transcript.jsonl")
     assert {c: rows for c, rows in ledgers(world).items() if c != "g7"} == before
-    assert [row["release"] for row in ledgers(world)["g7"]] == ["context"]  # it trained nothing and pays for nothing else
+    assert [row["release"] for row in ledgers(world)["g7"]] == [
+        "context"
+    ]  # it trained nothing and pays for nothing else
     # This world was set up without the pipeline: who returns shows its old, paid row once more, as a run would know it.
     assert [r["client"] for r in read_journal(tmp_path / "run" / "privacy_ledger.jsonl")] == ["g3", "g7"]
 
@@ -136,7 +140,9 @@ class Killed(Exception):
     """The whole machine stops."""
 
 
-def restarted(world: World, root: Path, reward: FederatedReward, run: RunDir) -> tuple[RunDir, FederatedReward]:
+def restarted(
+    world: World, root: Path, reward: FederatedReward, run: RunDir
+) -> tuple[RunDir, FederatedReward]:
     """Everybody comes back with what is on disk."""
     reward.journal.close()
     run.close()
@@ -193,7 +199,9 @@ def test_in_a_cohort_members_and_groups_leave(tmp_path: Path) -> None:
             parse(t, world.agreement.questions[q], "dpa") for q, t in zip(*rollouts(world, 2), strict=True)
         ]
         means = [
-            np.mean([world.members[c]._targets().score(rollouts(world, 2)[0], answers) for c in names], axis=0)
+            np.mean(
+                [world.members[c]._targets().score(rollouts(world, 2)[0], answers) for c in names], axis=0
+            )
             for names in (("g0 #0", "g0 #2", "g0 #3"), ("g1 #0", "g1 #1", "g1 #2", "g1 #3"))
         ]
         due = combine_clear(world.agreement.aggregation, np.stack(means), None, None)[0].rewards
