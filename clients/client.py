@@ -47,6 +47,9 @@ from clients.store import ClientStore
 from clients.training import LocalTrainer
 
 
+_INTO_SUMS = ("train", "secagg", "score")  # requests whose answers can open a sum
+
+
 @dataclass(frozen=True)
 class Refusal(AppaError):
     """Internal: a request that this client's own configuration does not allow."""
@@ -134,6 +137,8 @@ class Client:
     def _answer(self, request: Message) -> bytes:
         if request.kind != "setup" and not self._state.get("run"):
             raise Refusal("OutOfOrder", f"{request.kind} before setup")
+        if request.kind in _INTO_SUMS:
+            self._renew(now=bool(self._state.get("predicted")) and self._begins_epoch(request))
         return self._handlers[request.kind](request.body)
 
     def _save(self) -> None:
@@ -207,6 +212,15 @@ class Client:
             )
         return self._machines[session]
 
+    def _begins_epoch(self, request: Message) -> bool:
+        """Whether a request proposes an epoch; without masks there are none, and any step may begin one."""
+        if request.kind != "secagg":
+            return self.agreement.clear
+        try:
+            return peek(request.body["message"]).type == PROPOSE
+        except ProtocolError:
+            return False
+
     def _renew(self, now: bool) -> None:
         """Take over what this site's operator says of who takes part, if it is news.
 
@@ -249,9 +263,7 @@ class Client:
         self._save()
 
     def _secagg(self, body: Mapping[str, Any]) -> bytes:
-        message = body["message"]
-        self._renew(now=bool(self._state.get("predicted")) and _proposes(message))
-        machine = self._machine(body["session"])
+        machine, message = self._machine(body["session"]), body["message"]
         reply = respond(machine, message)
         return pack(REPLIES, "secagg", message=reply or b"")
 
@@ -347,9 +359,7 @@ class Client:
         return self._scorer
 
     def _score(self, body: Mapping[str, Any]) -> bytes:
-        scorer, step = self._targets(), body["step"]
-        self._renew(now=self.agreement.clear)  # without masks there are no epochs
-        a = self.agreement
+        a, scorer, step = self.agreement, self._targets(), body["step"]
         self._check_session(body, a.reward_session(a.groups[self.client_id]))
         answers = self._parsed(body)
         rewards = scorer.score(body["questions"], answers)
@@ -429,11 +439,3 @@ class Client:
             REPLIES, "truth",
             **{n: json.dumps({q: p.tolist() for q, p in t.items()}).encode() for n, t in tables.items()},
         )  # fmt: skip
-
-
-def _proposes(message: bytes) -> bool:
-    """Whether a secure-aggregation message proposes an epoch."""
-    try:
-        return peek(message).type == PROPOSE
-    except ProtocolError:
-        return False

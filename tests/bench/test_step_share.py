@@ -42,11 +42,12 @@ def begin(root: Path, mode: str) -> tuple[Config, Pipeline]:
         [
             "experiment=opinionqa_dense", "data=synthetic", "data.questions=336", "data.ordinal_only=true",
             "data.path=null", "predictor.rounds=1", "predictor.local_steps=1", f"ppo.steps={STEPS}", f"secagg={mode}",
-            "ppo.checkpoint_every=1000", "policy.warmup_steps=200", "evaluation.truth=false", "evaluation.every=0", f"name={mode}",
-            f"output_root={root}/runs", f"federation.client_root={root}/clients", "privacy.epsilon=50",
+            "ppo.checkpoint_every=1000", "policy.warmup_steps=150", "name=run",  # equal names give equal contexts and predictors
+            "evaluation.truth=false", "evaluation.every=0",
+            f"output_root={root}/{mode}", f"federation.client_root={root}/{mode}/clients", "privacy.epsilon=50",
         ]
     )  # fmt: skip
-    run = RunDir.create(root / "runs" / mode)
+    run = RunDir.create(root / mode / "run")
     parts = prepare(config, run.root)
     federation = LocalFederation({c: parts.client(c).handle for c in parts.agreement.clients})
     pipeline = Pipeline(config, parts.agreement, parts.heldout, federation, run, Progress(), parts.nominal)
