@@ -46,7 +46,6 @@ from clients.context import private_context, raw_context, sensitivity
 from clients.store import ClientStore
 from clients.training import LocalTrainer
 
-
 _INTO_SUMS = ("train", "secagg", "score")  # requests whose answers can open a sum
 
 

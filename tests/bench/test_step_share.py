@@ -42,7 +42,8 @@ def begin(root: Path, mode: str) -> tuple[Config, Pipeline]:
         [
             "experiment=opinionqa_dense", "data=synthetic", "data.questions=336", "data.ordinal_only=true",
             "data.path=null", "predictor.rounds=1", "predictor.local_steps=1", f"ppo.steps={STEPS}", f"secagg={mode}",
-            "ppo.checkpoint_every=1000", "policy.warmup_steps=150", "name=run",  # equal names give equal contexts and predictors
+            # Equal names give equal contexts and predictors.
+            "ppo.checkpoint_every=1000", "policy.warmup_steps=150", "name=run",
             "evaluation.truth=false", "evaluation.every=0",
             f"output_root={root}/{mode}", f"federation.client_root={root}/{mode}/clients", "privacy.epsilon=50",
         ]
