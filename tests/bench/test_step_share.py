@@ -43,7 +43,7 @@ def begin(root: Path, mode: str) -> tuple[Config, Pipeline]:
             "experiment=opinionqa_dense", "data=synthetic", "data.questions=336", "data.ordinal_only=true",
             "data.path=null", "predictor.rounds=1", "predictor.local_steps=1", f"ppo.steps={STEPS}", f"secagg={mode}",
             # Equal names give equal contexts and predictors.
-            "ppo.checkpoint_every=1000", "policy.warmup_steps=150", "name=run",
+            "ppo.checkpoint_every=1000", "policy.warmup_steps=100", "name=run",
             "evaluation.truth=false", "evaluation.every=0",
             f"output_root={root}/{mode}", f"federation.client_root={root}/{mode}/clients", "privacy.epsilon=50",
         ]
@@ -70,6 +70,7 @@ def set_up(rounds: Rounds, layout: Any) -> np.ndarray:
     return both_clocks() - began
 
 
+@pytest.mark.timeout(1800)
 def test_share_of_a_ppo_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, blind = begin(tmp_path, "blind")
     _, clear = begin(tmp_path, "clear")
@@ -124,6 +125,8 @@ def test_share_of_a_ppo_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     step, extra, epoch = whole - without, with_masks - without, np.median(epochs, axis=0)
     cost = np.median(extra, axis=0) + epoch
     shares = (extra + epoch) / step
+    sizes = [len(row["rewards"]) - row["malformed"] for row in rewards["blind"].rows.values()]
+    print(f"\nmedian of {np.median(sizes):.0f} scored rollouts, 8 groups", end="")
     print(
         f"\n{len(step)} PPO steps of {agreement.rounds_per_epoch} rounds per epoch, milliseconds: median (quartiles)"
     )
