@@ -16,13 +16,14 @@ from appa_secure.secagg import cbor
 
 
 class ClientStore:
-    """A directory with `state.cbor` (secret) and `ledger.jsonl`."""
+    """A directory with `state.cbor` (secret), `ledger.jsonl`, and `output_ledger.jsonl` where there is output noise."""
 
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         os.chmod(root, 0o700)
         self.root = root
         self.ledger_path = root / "ledger.jsonl"
+        self.output_ledger_path = root / "output_ledger.jsonl"
         self._path = root / "state.cbor"
         for leftover in root.glob(
             ".*.tmp"

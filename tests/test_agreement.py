@@ -75,7 +75,7 @@ def test_what_is_each_sites_own_is_not_agreed(agreement) -> None:
     assert agreed == {
         "plan", "budget", "context_noise", "questions", "reward", "aggregation", "predictor", "groups",
         "directory", "mode", "release", "threshold", "min_cohort", "ring_bits", "rounds_per_epoch",
-        "embedder",
+        "embedder", "output",
     }  # fmt: skip
 
 

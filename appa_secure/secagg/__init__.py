@@ -43,7 +43,8 @@ called it a survivor, and then nobody gets its mask key; so every sum that comes
 were not given up, at least t - c (complete graph), or a large part of them except with probability 2^-40 (sparse).
 Another round's secrets: every round has keys of its own, dealt as such; shares of earlier rounds are zeroed.
 Replays: rounds only increase, on state that is persisted before a reply leaves. Sums over chosen subsets: the
-release policy (`ClientPolicy.release`), and noise on the sum (`noise.py`) where the layout asks for it. A wrong share, seal or pair seed: pinned on its author and survived.
+release policy (`ClientPolicy.release`), and noise on the sum where the layout asks for it (`noise.py`). A wrong share,
+seal or pair seed: pinned on its author and survived.
 
 Members join, leave and rotate keys between epochs, by each site's own `ClientMachine.update_directory`; the
 coordinator begins the next epoch of the session with a new machine.

@@ -83,7 +83,6 @@ from .wire import (
     seal,
 )  # fmt: skip
 
-
 PayForNoise = Callable[[], bytes]
 """Pays for one noisy release, durably, and returns the 32-byte secret its noise is derived from; raises to refuse."""
 

@@ -165,7 +165,7 @@ def _fraction_bits(segment: Segment, ring_bits: int, parties: int) -> int:
 
 def _noisy_preflight(layout: Layout, target: OutputNoise, parties: int) -> Coding:
     multiplier = Fraction(target.multiplier) ** 2
-    for fine in range(MAX_FRACTION_BITS):
+    for fine in range(1, MAX_FRACTION_BITS):
         # A segment of width 2 is coded one bit coarser than one of width 1, and has as much noise for its width.
         bits = tuple(max(0, fine - round(math.log2(s.hi - s.lo))) for s in layout.segments)
         total = multiplier * _distance_squared(layout, bits)  # of the honest clients' noise, in integers
