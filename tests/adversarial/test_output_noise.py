@@ -19,7 +19,7 @@ from appa_secure.aggregation import AggregationSpec, combine
 from appa_secure.agreement import REWARD
 from appa_secure.journal import read_journal
 from appa_secure.messages import REPLIES, REQUESTS, Message, pack, unpack
-from appa_secure.privacy.accounting import epsilon
+from appa_secure.privacy.accounting import GaussianEvent, epsilon
 from appa_secure.privacy.ledger import check_rows
 from appa_secure.privacy.output import plan_output
 from appa_secure.secagg import Aggregate, Layout, OutputNoise, Segment
@@ -42,11 +42,14 @@ def noisy(root: Path, budget: float = 8.0, releases: int = 4, **changes: object)
     return ready(root, output=plan, release=changes.pop("release", "noise"), **changes)
 
 
-def both_sums(world: World, rounds: Rounds) -> tuple[Summed | NotOpened, Summed | NotOpened]:
-    """The sum over everybody and the one without the victim, of the same rollouts."""
-    everybody = reward_sum(world, rounds)
+def both_sums(world: World, rounds: Rounds, times: int = 1) -> tuple[Summed | NotOpened, Summed | NotOpened]:
+    """The sum over everybody and the one without the victim, of the same rollouts, `times` over."""
+    body = score_body(world)
+    body |= {name: body[name] * times for name in ("questions", "answers")}
+    layout = world.agreement.reward_layout(2 * times)
+    everybody = rounds.sum(REWARD, "score", body, layout)
     world.lose = without_the_victim
-    partial = reward_sum(world, rounds)
+    partial = rounds.sum(REWARD, "score", body, layout)
     world.lose = None
     return everybody, partial
 
@@ -80,20 +83,17 @@ def test_under_abort_there_is_no_second_sum(tmp_path: Path, with_noise: bool) ->
 
 def test_under_noise_the_difference_has_the_noise_of_both_sums(tmp_path: Path) -> None:
     """Not the victim's noise alone, which is all that would be left if a repeated question had the same noise."""
-    world = noisy(tmp_path)
-    coding = world.agreement.reward_layout(2).preflight(5)
-    off = []
+    world, times = noisy(tmp_path), 60
+    coding = world.agreement.reward_layout(2 * times).preflight(5)
     with world.run_dir() as run:
-        for _ in range(2):
-            everybody, partial = both_sums(world, world.rounds(run))
-            assert isinstance(everybody, Summed)
-            assert isinstance(partial, Summed)
-            assert partial.dropped == (VICTIM,)
-            found = (everybody.sum - partial.sum)[:2]
-            off += list((found - victims_rewards(world)) / coding.noise_std(9)[:2])
+        everybody, partial = both_sums(world, world.rounds(run), times)
+    assert isinstance(everybody, Summed)
+    assert isinstance(partial, Summed)
+    assert partial.dropped == (VICTIM,)
+    found = (everybody.sum - partial.sum)[: 2 * times]
+    off = (found - np.tile(victims_rewards(world), times)) / coding.noise_std(9)[: 2 * times]
     # Standard normal if the noise is that of five and four clients; a ninth of the variance for the victim's alone.
-    assert stats.chi2.sf(sum(x * x for x in off), len(off)) > 1e-4
-    assert stats.chi2.cdf(sum(x * x for x in off), len(off)) > 1e-2
+    assert 1e-4 < stats.chi2.cdf((off**2).sum(), len(off)) < 1 - 1e-4
 
 
 def test_every_opened_sum_is_paid_for_and_the_last_is_the_last(tmp_path: Path) -> None:
@@ -196,8 +196,7 @@ def advantage_allowed(multiplier: float, releases: int) -> float:
     """The most that true and false positive rate of any test can differ: over the (ε, δ) of the accountant."""
     best = 1.0
     for delta in (1e-6, 1e-3, 1e-2, 0.03, 0.1, 0.2):
-        plan = plan_output(1.0, delta, releases, HONEST, 0)
-        e = epsilon([type(plan.event)(multiplier, 1.0, releases)], delta, "rdp")
+        e = epsilon([GaussianEvent(multiplier, 1.0, releases)], delta, "rdp")
         best = min(best, (math.exp(e) - 1 + 2 * delta) / (math.exp(e) + 1))
     return best
 

@@ -290,7 +290,9 @@ def test_nonsense_from_one_client_opens_nothing_and_is_recorded(tmp_path: Path, 
 
 @pytest.mark.parametrize("message", [b"", b"\0" * 7, b"\0" * 8, b"\0" * 8 * 100])
 def test_a_clear_vector_of_another_length_is_refused_not_broadcast(tmp_path: Path, message: bytes) -> None:
-    world = stubbed(ready(tmp_path, mode="clear"), "g3", pack(REPLIES, "score", message=message, ledger=b"[]"))
+    world = stubbed(
+        ready(tmp_path, mode="clear"), "g3", pack(REPLIES, "score", message=message, ledger=b"[]")
+    )
     with world.run_dir() as run, pytest.raises(BadEncoding, match=r"g3: score: \d+ bytes"):
         reward_sum(world, world.rounds(run))
 

@@ -167,7 +167,8 @@ def test_too_much_noise_is_refused_before_anything_is_coded() -> None:
     with pytest.raises(Headroom, match="larger epsilon"):
         Layout(LAYERS, 64, OutputNoise(1e6, 3)).preflight(8)
     with pytest.raises(Headroom, match=r"'r'.*32-bit ring"):
-        Layout(LAYERS, 32, OutputNoise(1.0, 100_000)).preflight(100_000)
+        Layout(LAYERS, 32, OutputNoise(8000.0, 100)).preflight(20_000)  # by its noise alone
+    assert Layout(LAYERS, 64, OutputNoise(8000.0, 100)).preflight(20_000).variance < 2**28
     for multiplier, honest in ((0.0, 3), (math.nan, 3), (math.inf, 3), (1.0, 0)):
         with pytest.raises(BadParameters, match="noise"):
             OutputNoise(multiplier, honest)
