@@ -15,7 +15,7 @@ from appa_secure.aggregation import AggregationSpec, segments
 from appa_secure.config import Config
 from appa_secure.config_checks import as_yaml
 from appa_secure.data import Question, Split
-from appa_secure.errors import ConfigError
+from appa_secure.errors import ConfigError, PrivacyError
 from appa_secure.journal import canonical_json
 from appa_secure.predictor import PredictorShape, PreferencePredictor
 from appa_secure.privacy.accounting import GaussianEvent, calibrate
@@ -274,6 +274,11 @@ def _with_output(config: Config, agreement: Agreement, epsilon: float) -> Agreem
         agreement.reward_layout(config.ppo.prompts_per_step * config.ppo.generations).preflight(parties)
     except BadParameters as error:
         raise ConfigError(f"secagg.colluders={as_yaml(s.colluders)}: {error}") from error
+    except PrivacyError as error:
+        raise ConfigError(
+            f"secagg.output_epsilon={epsilon:g}: no noise keeps ppo.steps={config.ppo.steps} sums below it. "
+            "Fix: a larger budget or fewer steps"
+        ) from error
     except Headroom as error:
         raise ConfigError(f"secagg.output_epsilon={epsilon:g}: {error}") from error
     return agreement
