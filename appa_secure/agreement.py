@@ -8,21 +8,31 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
 from appa_secure.aggregation import AggregationSpec, segments
 from appa_secure.config import Config
+from appa_secure.config_checks import as_yaml
 from appa_secure.data import Question, Split
+from appa_secure.errors import ConfigError, PrivacyError
 from appa_secure.journal import canonical_json
 from appa_secure.predictor import PredictorShape, PreferencePredictor
 from appa_secure.privacy.accounting import GaussianEvent, calibrate
 from appa_secure.privacy.ledger import Budget
+from appa_secure.privacy.output import OutputPlan, plan_output
 from appa_secure.privacy.plan import TrainingPlan
 from appa_secure.rewards import task_of
+from appa_secure.secagg.errors import BadParameters, Headroom
 from appa_secure.secagg.fixedpoint import Layout, Segment
 from appa_secure.secagg.keys import Directory
-from appa_secure.secagg.policy import ClientPolicy, Release, threshold_for
+from appa_secure.secagg.policy import (
+    ClientPolicy,
+    Release,
+    fewest_honest,
+    most_colluders,
+    threshold_for,
+)
 
 PREDICTOR = "predictor"
 REWARD = "reward"
@@ -50,6 +60,7 @@ class Agreement:
     embedder: str
     version: int = 0  # of the membership in force; not digested, as a run is founded once
     period: int = 0  # see `appa_secure.membership`
+    output: OutputPlan | None = None  # noise on the reward sums
     secure_rng: bool = field(default=False, compare=False)
     truth: bool = field(default=False, compare=False)
 
@@ -106,25 +117,30 @@ class Agreement:
 
     def reward_layout(self, batch: int) -> Layout:
         """What one client sends for `batch` rollouts."""
+        noise = self.output.noise if self.output else None
         if self.cohort:
-            return Layout((Segment("r", batch, 0.0, 1.0),), self.ring_bits)
+            return Layout((Segment("r", batch, 0.0, 1.0),), self.ring_bits, noise)
         parts = segments(self.aggregation, batch)
-        return Layout(tuple(Segment(*part) for part in parts), self.ring_bits)
+        return Layout(tuple(Segment(*part) for part in parts), self.ring_bits, noise)
+
+    @property
+    def summed_together(self) -> int:
+        """How many clients a reward sum has when nobody drops out; the fewest, where groups differ."""
+        groups = set(self.groups.values())
+        return min(len(self.members(g)) for g in groups) if self.cohort else len(self.groups)
 
     def sessions(self, client: str) -> dict[str, tuple[Directory, ClientPolicy]]:
         """The secure-aggregation sessions a client takes part in: name -> (directory, the client's own policy)."""
         everyone = ClientPolicy(
             self.min_cohort, self.threshold, self.ring_bits, self.rounds_per_epoch, self.predictor_release
         )
+        policy = ClientPolicy(
+            self.min_cohort, self.threshold, self.ring_bits, self.rounds_per_epoch, self.release,
+            self.output.colluders if self.output else None,
+        )  # fmt: skip
         if not self.cohort:
-            policy = ClientPolicy(
-                self.min_cohort, self.threshold, self.ring_bits, self.rounds_per_epoch, self.release
-            )
             return {PREDICTOR: (self.directory, everyone), REWARD: (self.directory, policy)}
         members = self.members(self.groups[client])
-        policy = ClientPolicy(
-            self.min_cohort, self.threshold, self.ring_bits, self.rounds_per_epoch, self.release
-        )
         return {
             PREDICTOR: (self.directory, everyone),
             self.reward_session(self.groups[client]): (members, policy),
@@ -134,9 +150,12 @@ class Agreement:
     def predictor_release(self) -> Release:
         """In cohort mode partial sums of predictor updates may be opened: each update alone is differentially private.
 
-        In blind mode a group's update is as much its secret as its rewards: the policy of the rewards holds.
+        In blind mode a group's update is as much its secret as its rewards: the policy of the rewards holds. Updates carry
+        no output noise, so that `noise` means `abort` for them.
         """
-        return "recover" if self.plan.private and self.cohort else self.release
+        if self.plan.private and self.cohort:
+            return "recover"
+        return "abort" if self.release == "noise" else self.release
 
     def members(self, group: str) -> Directory:
         """Directory of one group's clients."""
@@ -172,6 +191,7 @@ class Agreement:
                     "secagg": [
                         self.mode, self.release, self.threshold, self.min_cohort, self.ring_bits, self.rounds_per_epoch,
                     ],
+                    "output": None if self.output is None else asdict(self.output),
                     "embedder": self.embedder,
                 }
             )
@@ -221,7 +241,7 @@ def make_agreement(
     """The agreement of a configured run. groups: client id -> group."""
     s, p, a = config.secagg, config.privacy, config.aggregation
     release = s.release if s.release != "auto" else ("recover" if s.mode == "cohort" else "abort")
-    return Agreement(
+    agreement = Agreement(
         plan=make_plan(config, run, split),
         budget=Budget(p.epsilon, p.delta, p.accountant, p.unit),
         context_noise=p.context_noise,
@@ -247,3 +267,26 @@ def make_agreement(
         secure_rng=p.secure_rng,
         truth=config.evaluation.truth,
     )  # fmt: skip
+    return agreement if s.output_epsilon is None else _with_output(config, agreement, s.output_epsilon)
+
+
+def _with_output(config: Config, agreement: Agreement, epsilon: float) -> Agreement:
+    """The agreement with noise for `ppo.steps` reward sums. Raises ConfigError where there is none that fits."""
+    s, parties = config.secagg, agreement.summed_together
+    threshold = agreement.threshold_of(parties)
+    colluders = most_colluders(parties, threshold) if s.colluders is None else s.colluders
+    try:
+        honest = fewest_honest(parties, threshold, agreement.release, colluders)
+        output = plan_output(epsilon, s.output_delta, config.ppo.steps, honest, colluders)
+        agreement = replace(agreement, output=output)
+        agreement.reward_layout(config.ppo.prompts_per_step * config.ppo.generations).preflight(parties)
+    except BadParameters as error:
+        raise ConfigError(f"secagg.colluders={as_yaml(s.colluders)}: {error}") from error
+    except PrivacyError as error:
+        raise ConfigError(
+            f"secagg.output_epsilon={epsilon:g}: no noise keeps ppo.steps={config.ppo.steps} sums below it. "
+            "Fix: a larger budget or fewer steps"
+        ) from error
+    except Headroom as error:
+        raise ConfigError(f"secagg.output_epsilon={epsilon:g}: {error}") from error
+    return agreement

@@ -208,21 +208,27 @@ def audit_verify(
     config = load(_existing(directory, records.CONFIG))
     rows, found = records.verify(_existing(directory, records.TRANSCRIPT), head)
     _say(f"transcript: {rows} rows, unbroken, ends with {found}")
+    if config.secagg.output_epsilon is not None:
+        _check_ledger(directory, records.OUTPUT_LEDGER, config.secagg.output_epsilon, "secagg.output_epsilon")
     if not config.privacy.enabled:
         _say("ledger: none; privacy=off, nothing here is private")
         return
-    events = records.read_journal(_existing(directory, records.LEDGER))
+    _check_ledger(directory, records.LEDGER, config.privacy.epsilon, "privacy.epsilon")
+
+
+def _check_ledger(directory: Path, name: str, budget: float, field: str) -> None:
+    """Recompute a ledger of the run and compare it with its budget; AppaError where it spent more."""
     from appa_secure.privacy.ledger import check_rows
 
+    events = records.read_journal(_existing(directory, name))
     spent = check_rows(events)
-    _say(f"ledger: {len(events)} events, each epsilon at least what its events cost")
+    of = "" if name == records.LEDGER else f" {name}"
+    _say(f"ledger{of}: {len(events)} events, each epsilon at least what its events cost")
     for client, epsilon in spent.items():
-        over = "" if epsilon <= config.privacy.epsilon else f", over the budget of {config.privacy.epsilon:g}"
+        over = "" if epsilon <= budget else f", over the budget of {budget:g}"
         _say(f"  {client}: epsilon {epsilon:.3f}{over}")
-    if max(spent.values(), default=0.0) > config.privacy.epsilon:
-        raise AppaError(
-            f"{records.LEDGER}: a client spent more than privacy.epsilon={config.privacy.epsilon:g}"
-        )
+    if max(spent.values(), default=0.0) > budget:
+        raise AppaError(f"{name}: a client spent more than {field}={budget:g}")
 
 
 @app.command("fields")

@@ -166,8 +166,15 @@ class SecaggConfig(Section):
     rounds_per_epoch: int = _about(64, "rounds served by one key set-up", ge=1, le=256)
     threshold: float = _about(0.667, "share of the clients that must stay for a sum to open", gt=0.5, le=1)
     min_cohort: int = _about(5, "fewest clients that are ever summed", ge=3)
-    release: Literal["auto", "abort", "recover"] = _about(
-        "auto", "after a dropout: discard the round, or open the survivors' sum"
+    release: Literal["auto", "abort", "noise", "recover"] = _about(
+        "auto", "a dropout: discard the round, or open the rest (noise: if noisy)"
+    )
+    output_epsilon: Positive | None = _about(
+        None, "budget of one whole client, kept by noise on reward sums; null: none"
+    )
+    output_delta: float = _about(1e-6, "probability left outside that guarantee", gt=0, lt=1)
+    colluders: int | None = _about(
+        None, "clients that may collude or leave out noise; null: all it can stand", ge=0
     )
 
 

@@ -43,7 +43,7 @@ def as_yaml(value: object) -> str:
 
 def problems(config: Config) -> list[Problem]:
     """Impossible combinations, in the order of the sections."""
-    rules = (_task, _data, _shapes, _privacy, _secagg, _aggregation, _ppo)
+    rules = (_task, _data, _shapes, _privacy, _secagg, _output_noise, _aggregation, _ppo)
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -58,6 +58,10 @@ def notes(config: Config) -> tuple[str, ...]:
     found = []
     if not c.privacy.enabled:
         found.append("privacy=off: trained without noise; everything written is stamped 'not private'")
+    if c.secagg.output_epsilon is not None and not c.privacy.secure_rng:
+        found.append(
+            "privacy.secure_rng=false: output noise, too, can be taken off by whoever knows the seed"
+        )
     if c.privacy.enabled and not c.privacy.secure_rng:
         found.append(
             "privacy.secure_rng=false: whoever knows the seed can take the noise off; stamped 'not private'"
@@ -220,6 +224,43 @@ def _secagg(c: Config) -> Iterator[Problem]:
             "federation.members_per_group", members,
             f"secagg=cohort sums members inside a group, at least secagg.min_cohort={secagg.min_cohort}",
             f"federation.members_per_group={secagg.min_cohort}",
+        )  # fmt: skip
+
+
+def _output_noise(c: Config) -> Iterator[Problem]:
+    secagg, rule = c.secagg, c.aggregation
+    if secagg.output_epsilon is None:
+        if secagg.release == "noise":
+            yield Problem(
+                "secagg.release", "noise", "opens partial sums only with output noise, and there is none",
+                "secagg.output_epsilon=8, or secagg.release=abort",
+            )  # fmt: skip
+        if secagg.colluders is not None:
+            yield Problem(
+                "secagg.colluders",
+                secagg.colluders,
+                "only output noise depends on it",
+                "secagg.output_epsilon=8",
+            )
+        return
+    if secagg.mode == "clear":
+        yield Problem(
+            "secagg.output_epsilon", secagg.output_epsilon,
+            "secagg=clear shows every client's vector: noise on their sum protects nobody",
+            "secagg.output_epsilon=null, or secagg=blind",
+        )  # fmt: skip
+    if secagg.mode != "blind":
+        return
+    if rule.kind in ("min", "max"):
+        yield Problem(
+            "secagg.output_epsilon", secagg.output_epsilon,
+            f"aggregation={rule.kind} sums exponentials of which the smallest decides: any noise drowns it",
+            "aggregation=appa or average, or secagg=cohort",
+        )  # fmt: skip
+    if rule.kind == "appa" and rule.variant == "paper":
+        yield Problem(
+            "aggregation.variant", "paper", "needs an exact normaliser, and output noise leaves none",
+            "aggregation.variant=weighted",
         )  # fmt: skip
 
 

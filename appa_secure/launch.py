@@ -27,6 +27,7 @@ from appa_secure.embedder import build_embedder, embed_points
 from appa_secure.errors import ConfigError
 from appa_secure.journal import atomic_write
 from appa_secure.membership import FILE, Membership, membership_of, next_membership, renewed
+from appa_secure.privacy.output import std_of_mean
 from appa_secure.progress import Progress
 from appa_secure.records import CONFIG, RunDir
 from appa_secure.secagg.keys import Directory, IdentityKey
@@ -142,6 +143,13 @@ def prepare(config: Config, root: Path, progress: Progress | None = None) -> Par
         config, run_id, survey.questions, split, groups, directory, next(iter(embeddings.values())).shape[1],
         config.embedder.kind,
     )  # fmt: skip
+    if progress is not None and agreement.output is not None:
+        layout = agreement.reward_layout(config.ppo.prompts_per_step * config.ppo.generations)
+        std = std_of_mean(layout.preflight(agreement.summed_together), agreement.summed_together)
+        progress.note(
+            f"output noise: standard deviation {std:.3g} on every mean reward over {agreement.summed_together} clients"
+            + (": nothing can be learnt from such rewards" if std > 0.5 else "")
+        )
     return Parts(
         agreement=agreement,
         heldout=split.heldout,

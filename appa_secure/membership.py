@@ -26,8 +26,9 @@ from appa_secure.agreement import Agreement
 from appa_secure.config_checks import largest_exponent
 from appa_secure.errors import ConfigError
 from appa_secure.journal import canonical_json
-from appa_secure.secagg.errors import BadParameters
+from appa_secure.secagg.errors import BadParameters, Headroom
 from appa_secure.secagg.keys import Directory
+from appa_secure.secagg.policy import fewest_honest
 
 FILE = "membership.json"
 
@@ -82,7 +83,7 @@ def renewed(agreement: Agreement, news: Membership) -> Agreement:
     """The agreement with the members of `news` in force; everything else stays.
 
     Raises ConfigError for what no site should follow: another run, a version that is not newer, fewer parties in a sum
-    than secagg.min_cohort, a client in another group, a sum that could overflow or drown in rounding.
+    than secagg.min_cohort, a client in another group, a sum that could overflow or drown in rounding, output noise of too few.
     """
     a = agreement
     new = replace(
@@ -108,7 +109,7 @@ def renewed(agreement: Agreement, news: Membership) -> Agreement:
             )
         try:
             a.reward_layout(1).preflight(parties)
-        except BadParameters as error:
+        except (BadParameters, Headroom) as error:
             raise ConfigError(f"{FILE}: {error}") from None
         limit, spec = largest_exponent(a.ring_bits, parties), a.aggregation
         needed = {"appa": 1 / spec.temperature, "min": spec.sharpness, "max": spec.sharpness}.get(
@@ -117,6 +118,17 @@ def renewed(agreement: Agreement, news: Membership) -> Agreement:
         if not a.cohort and needed > limit:
             raise ConfigError(
                 f"{FILE}: with {parties} parties exp(-{needed:g}) drowns in the rounding of the ring"
+            )
+    if a.output is not None:
+        parties = new.summed_together
+        try:
+            honest = fewest_honest(parties, new.threshold_of(parties), a.release, a.output.colluders)
+        except BadParameters as error:
+            raise ConfigError(f"{FILE}: {error}") from None
+        if honest < a.output.honest:
+            raise ConfigError(
+                f"{FILE}: {honest} honest parties may be left in a sum, secagg.output_epsilon was planned for "
+                f"{a.output.honest}: their noise would not be enough. Fix: keep more, or begin a new run"
             )
     return new
 

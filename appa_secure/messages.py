@@ -9,7 +9,8 @@ context  -                                         ledger row; the private conte
 secagg   one message of a key set-up or unmasking  the client's signed message
 train    predictor parameters, round request       masked update, ledger row
 freeze   final predictor                           -
-score    rollouts, round request (`paper`: and Z)  masked reward vector (in clear mode: coded, not masked)
+score    rollouts, round request (`paper`: and Z)  masked reward vector (in clear mode: coded, not masked), ledger row of
+                                                   its output noise, if any
 truth    -                                         true and predicted distributions; only where a site set evaluation.truth
 """
 
@@ -49,7 +50,7 @@ REPLIES: dict[str, dict[str, str]] = {
     "secagg": {"message": "bytes"},
     "train": {"message": "bytes", "ledger": "bytes"},
     "freeze": {},
-    "score": {"message": "bytes"},
+    "score": {"message": "bytes", "ledger": "bytes"},
     "truth": {"distributions": "bytes", "predictions": "bytes"},
     "refusal": {"code": "text", "reason": "text"},
 }

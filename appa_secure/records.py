@@ -51,6 +51,7 @@ MEASUREMENT = "measurement.jsonl"
 SUMMARY = "summary.json"
 FAIRNESS = "fairness.json"
 LEDGER = "privacy_ledger.jsonl"
+OUTPUT_LEDGER = "output_ledger.jsonl"
 STATEMENT_MD = "privacy_statement.md"
 STATEMENT_JSON = "privacy_statement.json"
 TRANSCRIPT = "transcript.jsonl"
@@ -268,6 +269,11 @@ class RunDir:
         return Journal(self.path(LEDGER))
 
     @cached_property
+    def output_ledger(self) -> Journal:
+        """What clients spent of their budgets as whole clients, where sums carry output noise; never truncated."""
+        return Journal(self.path(OUTPUT_LEDGER))
+
+    @cached_property
     def transcript(self) -> Transcript:
         """The protocol's hash chain; never truncated."""
         return Transcript(self.path(TRANSCRIPT))
@@ -326,7 +332,7 @@ class RunDir:
 
     def close(self) -> None:
         """Close the journals that were opened and give the lock back. Closing twice is allowed."""
-        for name in ("metrics", "measurement", "ledger", "transcript"):
+        for name in ("metrics", "measurement", "ledger", "output_ledger", "transcript"):
             if name in self.__dict__:
                 self.__dict__[name].close()
         if self._lock >= 0:

@@ -35,8 +35,10 @@ from appa_secure.messages import (
 from appa_secure.predictor import PreferencePredictor, context_points, predict, unflatten
 from appa_secure.privacy.accounting import GaussianEvent
 from appa_secure.privacy.ledger import Ledger
+from appa_secure.privacy.noise import subkey
+from appa_secure.privacy.output import MECHANISM
 from appa_secure.rewards import Scorer
-from appa_secure.secagg.client import ClientMachine
+from appa_secure.secagg.client import ClientMachine, PayForNoise
 from appa_secure.secagg.driver import respond
 from appa_secure.secagg.errors import BadEncoding, ProtocolError, RemoteMisbehaviour, ReplayedRound
 from appa_secure.secagg.keys import COORDINATOR, IdentityKey
@@ -98,6 +100,9 @@ class Client:
         self._scored = Scored(store.scored_path)
         self._ledger = (
             Ledger(store.ledger_path, client_id, agreement.budget) if agreement.plan.private else None
+        )
+        self._output_ledger = (
+            Ledger(store.output_ledger_path, client_id, agreement.output.budget) if agreement.output else None
         )
         self._machines: dict[str, ClientMachine] = {}
         self._model = PreferencePredictor(agreement.predictor)
@@ -271,12 +276,19 @@ class Client:
         if body["session"] != due:
             raise Refusal("WrongSession", f"session {body['session']!r:.80}, this vector travels in {due!r}")
 
-    def _send(self, kind: str, body: Mapping[str, Any], vector: np.ndarray, layout: Any) -> bytes:
+    def _send(
+        self,
+        kind: str,
+        body: Mapping[str, Any],
+        vector: np.ndarray,
+        layout: Any,
+        noise: PayForNoise | None = None,
+    ) -> bytes:
         """The masked upload of `vector`; in clear mode its coding without masks."""
         if self.agreement.clear:
             return layout.preflight(len(self.agreement.clients)).encode_clear(vector).tobytes()
         return self._machine(body["session"]).upload(
-            body["message"], vector, layout=layout, context=digest(kind, body)
+            body["message"], vector, layout=layout, context=digest(kind, body), noise=noise
         )
 
     # -- predictor -------------------------------------------------------------------------------------------------
@@ -378,9 +390,23 @@ class Client:
             except ValueError as error:
                 raise RemoteMisbehaviour(COORDINATOR, f"score: {error}") from None
             self._state["history"].update(pending=pack_float(h), pending_step=step)
-        return pack(
-            REPLIES, "score", message=self._send("score", body, vector, a.reward_layout(len(rewards)))
-        )
+        rows: list[dict[str, Any]] = []
+
+        def pay() -> bytes:
+            rows.append(self._charge_output(body))
+            return subkey(self._state["noise_key"], "output-noise")
+
+        message = self._send("score", body, vector, a.reward_layout(len(rewards)), pay)
+        return pack(REPLIES, "score", message=message, ledger=json.dumps(rows).encode())
+
+    def _charge_output(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Pay for one upload with output noise. Its name has everything the noise is derived from: another round, or
+        other rollouts, is another release, even of the same step; the same upload again is the same release."""
+        assert self.agreement.output is not None
+        assert self._output_ledger is not None
+        round_ = peek(body["message"])
+        name = f"{body['session']}/{round_.epoch}/{round_.round}/{digest('score', body).hex()}"
+        return self._output_ledger.charge(name, self.agreement.output.event, MECHANISM)
 
     def _normaliser(self, body: Mapping[str, Any]) -> float | None:
         """The published normaliser, which only the `paper` variant takes from the coordinator; None on the first step."""

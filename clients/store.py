@@ -19,7 +19,8 @@ IDENTITY = "identity.seed"  # secret
 
 
 class ClientStore:
-    """A directory with `state.cbor`, `scored.bin` (secret) and `ledger.jsonl`; and what the operator puts there."""
+    """A directory with `state.cbor` and `scored.bin` (secret), `ledger.jsonl`, `output_ledger.jsonl` where there is
+    output noise; and what the operator puts there."""
 
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
@@ -27,6 +28,7 @@ class ClientStore:
         self.root = root
         self.ledger_path = root / "ledger.jsonl"
         self.scored_path = root / "scored.bin"
+        self.output_ledger_path = root / "output_ledger.jsonl"
         self._path = root / "state.cbor"
         for leftover in root.glob(
             ".*.tmp"

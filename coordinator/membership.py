@@ -33,7 +33,7 @@ def follow(rounds: Rounds) -> None:
         theta = np.load(run.path("predictor") / "parameters.npy").astype("<f4").tobytes()
         ask(rounds.federation, "setup", joined, run=was.run, agreement=rounds.founding.digest())
         for client, reply in ask(rounds.federation, "context", joined).items():
-            record_ledger(run, client, reply.body["ledger"])
+            record_ledger(run.ledger, client, reply.body["ledger"])
         ask(rounds.federation, "freeze", joined, parameters=theta)
     run.transcript.membership(
         news.version, news.period, json.loads(news.encode())["clients"], directory=news.directory.digest().hex(),

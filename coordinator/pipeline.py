@@ -22,7 +22,9 @@ from transformers.utils import logging as transformers_logging
 from appa_secure.agreement import Agreement
 from appa_secure.config import Config
 from appa_secure.data import Question
+from appa_secure.errors import PrivacyError
 from appa_secure.journal import atomic_write
+from appa_secure.privacy.output import output_markdown, output_statement
 from appa_secure.privacy.statement import markdown, statement
 from appa_secure.progress import Progress
 from appa_secure.records import STATEMENT_JSON, STATEMENT_MD, Journal, RunDir, environment
@@ -90,7 +92,7 @@ class Pipeline:
 
     def _context(self) -> dict[str, Any]:
         for client, reply in ask(self.federation, "context").items():
-            record_ledger(self.run_dir, client, reply.body["ledger"])
+            record_ledger(self.run_dir.ledger, client, reply.body["ledger"])
         return {}
 
     def _predictor(self) -> dict[str, Any]:
@@ -163,14 +165,20 @@ class Pipeline:
             peft_config=lora_config(c.policy),
             on_step=lambda metrics: self._record_step(metrics, reward),
         )
+        stopped = None
         try:
             trainer.train(resume_from_checkpoint=newest)
+        except PrivacyError as error:
+            # A budget is used up. The policy as it is after the last opened step is what there is.
+            stopped = str(error)
+            run.transcript.abort(stopped, stage="align")
+            self.progress.note(f"alignment ended early: {stopped}")
         finally:
             journal.close()
         self.rounds.close()
         trainer.save_policy(run.path("policy"))
         self._stamp_folder("policy")
-        return {}
+        return {"stopped": stopped}
 
     def _seen(self) -> Callable[..., None] | None:
         """What is measured at each step against the truth; nothing where truth is not to be had."""
@@ -267,8 +275,10 @@ class Pipeline:
             closed = {s: _gap_closed(alignment[s], ceilings[s]) for s in names}
         rows = list(run.ledger)
         private = statement(c, rows, agreement.plan.noise_multiplier, self.nominal)
-        run.write_json(STATEMENT_JSON, private)
-        atomic_write(run.path(STATEMENT_MD), markdown(private))
+        output = self._output()
+        run.write_json(STATEMENT_JSON, {**private, "output_noise": output})
+        words = markdown(private) + ("" if output is None else "\n" + output_markdown(output))
+        atomic_write(run.path(STATEMENT_MD), words)
         last = list(run.metrics)[-1] if len(run.metrics) else {}
         summary = {
             "experiment": c.experiment,
@@ -288,7 +298,9 @@ class Pipeline:
                 "enabled": c.privacy.enabled, "unit": c.privacy.unit, "delta": c.privacy.delta,
                 "accountant": c.privacy.accountant, "epsilon": private["epsilon"], "budget": c.privacy.epsilon,
             },
+            "output_noise": output,
             "secagg": self._traffic(),
+            "stopped": stages["align"].get("stopped"),
             "last_step": {k: last.get(k) for k in ("step", "reward", "fi", "h_mean", "soft_min")},
             "seconds": {name: stage.get("seconds") for name, stage in stages.items()},
             "packages": environment(),
@@ -305,6 +317,15 @@ class Pipeline:
         )
         run.write_summary(summary)
         return summary
+
+    def _output(self) -> dict[str, Any] | None:
+        """What output noise guarantees about one client; None without it."""
+        a, ppo = self.agreement, self.config.ppo
+        if a.output is None:
+            return None
+        clients = a.summed_together
+        coding = a.reward_layout(ppo.prompts_per_step * ppo.generations).preflight(clients)
+        return output_statement(a.output, list(self.run_dir.output_ledger), coding, clients, a.secure_rng)
 
     def _traffic(self) -> dict[str, Any]:
         """Rounds, dropouts and bytes per client and round, counted in the transcript."""

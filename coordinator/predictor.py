@@ -18,7 +18,7 @@ import torch
 
 from appa_secure.agreement import PREDICTOR, Agreement
 from appa_secure.errors import RunError
-from appa_secure.journal import atomic_write
+from appa_secure.journal import Journal, atomic_write
 from appa_secure.messages import unpack_rows
 from appa_secure.predictor import PreferencePredictor, flatten
 from appa_secure.privacy.ledger import ROW_FIELDS
@@ -68,7 +68,9 @@ def train_predictor(
                 raise RunError(f"predictor round {done + 1} failed {_PATIENCE} times: {summed.reason}")
             continue
         failed = 0
-        spent = [record_ledger(run, client, fields["ledger"]) for client, fields in summed.replies.items()]
+        spent = [
+            record_ledger(run.ledger, client, fields["ledger"]) for client, fields in summed.replies.items()
+        ]
         gradient = summed.sum / len(summed.contributors)
         done += 1
         m = _BETA1 * m + (1 - _BETA1) * gradient
@@ -92,12 +94,12 @@ def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     atomic_write(path, buffer.getvalue())
 
 
-def record_ledger(run: RunDir, client: str, raw: bytes) -> float | None:
-    """Copy a client's new ledger rows into the run's ledger, before its release is used; returns its epsilon.
+def record_ledger(ledger: Journal, client: str, raw: bytes) -> float | None:
+    """Copy a client's new ledger rows into a ledger of the run, before its release is used; returns its epsilon.
 
     Raises BadEncoding naming the client for rows that are not its own, or not complete.
     """
-    known = {(row["client"], row["release"]) for row in run.ledger}
+    known = {(row["client"], row["release"]) for row in ledger}
     rows: list[dict[str, Any]] = unpack_rows(raw, client, "ledger")
     for row in rows:
         if row.get("client") != client:
@@ -107,5 +109,5 @@ def record_ledger(run: RunDir, client: str, raw: bytes) -> float | None:
         if not all(math.isfinite(v) for v in row.values() if isinstance(v, float)):
             raise BadEncoding(client, "ledger row with numbers that are not finite")
         if (client, row["release"]) not in known:
-            run.ledger.append(row)
+            ledger.append(row)
     return float(rows[-1]["epsilon"]) if rows else None

@@ -24,13 +24,14 @@ import torch.distributed
 
 from appa_secure.aggregation import StepResult, combine, combine_clear
 from appa_secure.agreement import Agreement
-from appa_secure.errors import RunError
+from appa_secure.errors import PrivacyError, RunError
 from appa_secure.journal import canonical_json
 from appa_secure.membership import Scored
 from appa_secure.messages import pack_float
 from appa_secure.records import Journal
 from appa_secure.tasks import parse
 from coordinator.membership import follow
+from coordinator.predictor import record_ledger
 from coordinator.rounds import NotOpened, Rounds, Summed
 
 _PATIENCE = 5  # steps in a row that may be discarded before the run stops and says who is missing
@@ -168,6 +169,8 @@ class FederatedReward:
         else:
             outcome = self._cohort(payload, before) if self.agreement.cohort else self._blind(payload)
         if isinstance(outcome, NotOpened):
+            if outcome.unpaid:
+                raise PrivacyError(f"alignment step {step}: {outcome.reason}")
             self._discarded += 1
             if self._discarded >= _PATIENCE:
                 raise RunError(
@@ -203,7 +206,15 @@ class FederatedReward:
         summed = self.rounds.sum(a.reward_session(), "score", payload, a.reward_layout(batch))
         if isinstance(summed, NotOpened):
             return summed
-        return combine(a.aggregation, summed.sum, batch, len(summed.contributors)), None, None
+        self._record(summed)
+        noisy = a.output is not None
+        return combine(a.aggregation, summed.sum, batch, len(summed.contributors), noisy), None, None
+
+    def _record(self, summed: Summed) -> None:
+        """What the clients of a sum with output noise paid for it."""
+        if self.agreement.output is not None:
+            for client, fields in summed.replies.items():
+                record_ledger(self.rounds.run.output_ledger, client, fields["ledger"])
 
     def _cohort(
         self, payload: Mapping[str, Any], before: _Alignment
@@ -213,7 +224,8 @@ class FederatedReward:
         for group in groups:
             summed = self.rounds.sum(a.reward_session(group), "score", payload, a.reward_layout(batch))
             if not isinstance(summed, Summed):
-                return NotOpened(f"group {group}: {summed.reason}")
+                return NotOpened(f"group {group}: {summed.reason}", summed.unpaid)
+            self._record(summed)
             means.append(np.clip(summed.sum / len(summed.contributors), 0.0, 1.0))
         previous = None if before.histories is None else np.array(before.histories)
         result, after, alpha = combine_clear(a.aggregation, np.stack(means), previous, before.z)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from appa_secure.agreement import PREDICTOR, Agreement
-from appa_secure.errors import RunError
+from appa_secure.errors import PrivacyError, RunError
 from appa_secure.journal import atomic_write, canonical_json
 from appa_secure.membership import Membership, renewed
 from appa_secure.messages import REPLIES, REQUESTS, Message, Refused, digest, pack, unpack
@@ -52,9 +52,10 @@ class Summed:
 
 @dataclass(frozen=True)
 class NotOpened:
-    """A round that was aborted; nothing was revealed."""
+    """A round that was aborted; nothing was revealed. unpaid: a client's privacy budget did not allow its part."""
 
     reason: str
+    unpaid: bool = False
 
 
 def ask(
@@ -115,7 +116,7 @@ class Rounds:
             self.run.transcript.abort(
                 outcome.reason, session=session, round=outcome.round, phase=outcome.phase, faults=faults
             )
-            return NotOpened(_reason(wire, outcome))
+            return NotOpened(_reason(wire, outcome), wire.unpaid)
         assert isinstance(outcome, Aggregate)
         self.run.transcript.round(
             epoch=machine.parameters.epoch, round_id=outcome.round, kind=kind, context=context.hex(),
@@ -223,6 +224,7 @@ class _Wire:
         self.replies: dict[str, Mapping[str, Any]] = {}
         self.digests: dict[str, str] = {}
         self.faults: list[str] = []
+        self.unpaid = False
         self._bytes: dict[str, int] = defaultdict(int)
 
     @property
@@ -244,6 +246,7 @@ class _Wire:
                 reply = _reply(client, kind, raw)
             except (Refused, RemoteMisbehaviour) as error:
                 self.faults.append(str(error))
+                self.unpaid |= isinstance(error, Refused) and error.code == PrivacyError.__name__
                 continue
             self._bytes[client] += len(raw)
             if self.kind:

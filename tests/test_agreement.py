@@ -1,5 +1,6 @@
 """The agreement: everything safety depends on is in the digest, and each client's policies come from it."""
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -7,10 +8,17 @@ import numpy as np
 import pytest
 
 from appa_secure.aggregation import AggregationSpec, segments
-from appa_secure.agreement import PREDICTOR, REWARD, context_multiplier, make_agreement, make_plan
-from appa_secure.config import Config
+from appa_secure.agreement import (
+    PREDICTOR,
+    REWARD,
+    Agreement,
+    context_multiplier,
+    make_agreement,
+    make_plan,
+)
+from appa_secure.config import Config, compose
 from appa_secure.data import Question, Split
-from appa_secure.errors import PrivacyError
+from appa_secure.errors import ConfigError, PrivacyError
 from appa_secure.predictor import PreferencePredictor
 from appa_secure.privacy.accounting import GaussianEvent, epsilon
 from appa_secure.privacy.ledger import Budget
@@ -75,7 +83,7 @@ def test_what_is_each_sites_own_is_not_agreed(agreement) -> None:
     assert agreed == {
         "plan", "budget", "context_noise", "questions", "reward", "aggregation", "predictor", "groups",
         "directory", "mode", "release", "threshold", "min_cohort", "ring_bits", "rounds_per_epoch",
-        "embedder",
+        "embedder", "output",
     }  # fmt: skip
 
 
@@ -172,3 +180,54 @@ def test_a_configuration_becomes_an_agreement(agreement) -> None:
     assert made.question_order == tuple(q.qid for q in QUESTIONS)  # held-out ones too: they are scored later
     assert made.predictor.embedding == 5
     assert made.truth is Config().evaluation.truth
+
+
+def with_output(agreement: Agreement, *overrides: str, groups: Mapping[str, str] | None = None) -> Agreement:
+    return make_agreement(
+        compose(["privacy=off", "data.group_count=5", *overrides]), "run", QUESTIONS, SPLIT,
+        groups or {c: c for c in agreement.clients}, agreement.directory, 5, "minilm",
+    )  # fmt: skip
+
+
+def test_output_noise_is_planned_for_all_steps_and_the_fewest_honest(agreement) -> None:
+    assert with_output(agreement).output is None
+    made = with_output(agreement, "secagg.output_epsilon=8", "secagg.release=noise", "ppo.steps=7")
+    assert made.output is not None
+    # Five clients, threshold 4: two may collude, and two honest ones may be all there are.
+    assert (made.output.honest, made.output.colluders, made.output.releases) == (2, 2, 7)
+    assert epsilon([made.output.event] * 7, 1e-6, "rdp") <= 8.0
+    assert made.reward_layout(3).noise == made.output.noise
+    assert made.predictor_layout.noise is None
+    releases = {name: policy.release for name, (_, policy) in made.sessions("g0").items()}
+    assert releases == {PREDICTOR: "abort", REWARD: "noise"}
+    assert made.sessions("g0")[REWARD][1].colluders == 2
+    whole = with_output(agreement, "secagg.output_epsilon=8", "secagg.colluders=0")
+    assert whole.output is not None
+    assert whole.release == "abort"
+    assert whole.output.honest == 5
+    assert len({a.digest() for a in (made, whole, with_output(agreement))}) == 3
+
+
+def test_in_a_cohort_the_noise_counts_members_of_the_smallest_group(tmp_path: Path) -> None:
+    a = make_world(tmp_path, groups=2, members=5, mode="cohort", release="recover").agreement
+    options = ("secagg=cohort", "federation.members_per_group=5", "secagg.output_epsilon=8", "ppo.steps=3")
+    made = with_output(a, *options, groups=a.groups)
+    assert made.output is not None
+    assert (made.release, made.summed_together, made.output.honest) == ("recover", 5, 2)
+    assert [s.name for s in made.reward_layout(3).segments] == ["r"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("secagg.output_epsilon=8", "secagg.colluders=3"), r"secagg\.colluders=3: .*stands 0\.\.2"),
+        (("secagg.output_epsilon=0.001",), r"secagg\.output_epsilon=0\.001: no noise keeps ppo\.steps=60"),
+        (
+            ("secagg.output_epsilon=0.3", "ppo.steps=100000", "ppo.prompts_per_step=4096"),
+            r"secagg\.output_epsilon=0\.3: output noise.*larger epsilon",
+        ),
+    ],
+)
+def test_output_noise_that_cannot_be_is_refused_before_any_work(agreement, options, said) -> None:
+    with pytest.raises(ConfigError, match=said):
+        with_output(agreement, *options)

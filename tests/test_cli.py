@@ -17,6 +17,7 @@ from appa_secure.config import GROUPS, Config, compose, options
 from appa_secure.errors import DataError
 from appa_secure.privacy.accounting import GaussianEvent
 from appa_secure.privacy.ledger import Budget, Ledger
+from appa_secure.privacy.output import MECHANISM, plan_output
 
 REPO = Path(__file__).resolve().parent.parent
 Ended = tuple[int, str, str]  # exit code, standard output, standard error
@@ -356,6 +357,26 @@ def test_audit_verify_finds_a_change(
     code, _, err = call("audit", "verify", str(recorded))
     assert code == 1
     assert said in err
+
+
+def test_audit_verify_recomputes_what_clients_paid_for_output_noise(call: Call, recorded: Path) -> None:
+    options = ["secagg.output_epsilon=8", "secagg.release=noise"]
+    (recorded / records.CONFIG).write_text(compose(options).to_yaml(), encoding="utf-8")
+    assert call("audit", "verify", str(recorded))[0] == 2  # no output ledger
+    plan = plan_output(8.0, 1e-6, 3, 3, 3)
+    ledger = Ledger(recorded / records.OUTPUT_LEDGER, "Coast", plan.budget)
+    for number in range(3):
+        ledger.charge(f"reward/1/{number}", plan.event, MECHANISM)
+    ledger.close()
+    code, _, err = call("audit", "verify", str(recorded))
+    assert code == 0
+    assert re.search(r"output_ledger\.jsonl: 3 events", err)
+    assert re.search(r"Coast: epsilon 7\.9", err)
+    for changes, said in ((0.1, "its events cost"), (9.0, "more than secagg.output_epsilon=8")):
+        rewrite(recorded / records.OUTPUT_LEDGER, epsilon=changes)
+        code, _, err = call("audit", "verify", str(recorded))
+        assert code == 1
+        assert said in err
 
 
 def test_audit_verify_misses_no_ledger(call: Call, recorded: Path) -> None:

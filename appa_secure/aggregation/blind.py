@@ -119,7 +119,7 @@ def contribution(
     return np.concatenate([np.clip(values[name], lo, hi) for name, _, lo, hi in layout]), h
 
 
-def combine(spec: AggregationSpec, sums: Floats, batch: int, groups: int) -> StepResult:
+def combine(spec: AggregationSpec, sums: Floats, batch: int, groups: int, noisy: bool = False) -> StepResult:
     """The coordinator's side: from the sum of the groups' vectors to rewards.
 
     Args:
@@ -127,9 +127,11 @@ def combine(spec: AggregationSpec, sums: Floats, batch: int, groups: int) -> Ste
         sums: (L,) sum over the groups that took part, L the total size of `segments(spec, batch)`.
         batch: B.
         groups: number G of groups in the sum.
+        noisy: the sum carries output noise: what leaves its range is moved to the nearest sum that G groups can have, so
+            that rewards and indices stay in theirs. A group that lies about its range is then not noticed.
 
     Raises:
-        ValueError: a wrong length, or a sum that no G vectors within their ranges can have; names the
+        ValueError: a wrong length, or a sum without noise that no G vectors within their ranges can have; names the
             segment.
     """
     sums = np.asarray(sums, dtype=np.float64)
@@ -143,6 +145,8 @@ def combine(spec: AggregationSpec, sums: Floats, batch: int, groups: int) -> Ste
     start = 0
     for name, size, lo, hi in layout:
         values = sums[start : start + size]
+        if noisy:
+            values = np.clip(values, groups * _least(spec, name, lo), groups * hi)
         slack = 1e-6 * groups * max(1.0, hi)  # fixed-point rounding, with room
         if not ((values >= groups * lo - slack) & (values <= groups * hi + slack)).all():  # False for NaN
             raise ValueError(
@@ -169,6 +173,11 @@ def combine(spec: AggregationSpec, sums: Floats, batch: int, groups: int) -> Ste
         soft_min=None if z is None else -spec.temperature * math.log(z / groups),
         alpha_sum=float(part["A"][0]) if spec.kind == "appa" else None,
     )
+
+
+def _least(spec: AggregationSpec, name: str, lo: float) -> float:
+    """Lower bound of one group's value. A weight of `weighted` is exp(-h/T), never 0."""
+    return math.exp(-1.0 / spec.temperature) if name == "A" and spec.variant == "weighted" else lo
 
 
 def _rewards(spec: AggregationSpec, part: dict[str, Floats], fi: float, groups: int) -> tuple[Floats, Branch]:

@@ -25,12 +25,14 @@ ROW_FIELDS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Budget:
-    """The most a client may spend: epsilon at delta under one accountant, for one privacy unit."""
+    """The most a client may spend: epsilon at delta under one accountant, for one privacy unit; set by `field`."""
 
     epsilon: float
     delta: float
     accountant: str
     unit: str
+    field: str = "privacy.epsilon"
+    adjacency: str = "add/remove"
 
 
 class Ledger:
@@ -57,11 +59,12 @@ class Ledger:
         rows = self.rows
         return float(rows[-1]["epsilon"]) if rows else 0.0
 
-    def charge(self, release: str, event: GaussianEvent) -> dict[str, Any]:
+    def charge(self, release: str, event: GaussianEvent, mechanism: str | None = None) -> dict[str, Any]:
         """Pay for `release` and return its row; a release that was paid already returns its old row.
 
         `event.count` is by how much the number of this mechanism's releases that one unit takes part in grows with
-        this release (0 where only other units took part more often). Raises PrivacyError, with nothing written, when
+        this release (0 where only other units took part more often). `mechanism` names what is accounted for as a
+        Gaussian and is none. Raises PrivacyError, with nothing written, when
         the budget would be exceeded or the name was used for another event.
         """
         for row in self._journal:
@@ -75,17 +78,18 @@ class Ledger:
         if total > self.budget.epsilon:
             raise PrivacyError(
                 f"client {self.client!r}: release {release!r} would bring epsilon to {total:.4f}, above "
-                f"privacy.epsilon={self.budget.epsilon}; raise the budget or plan fewer releases"
+                f"{self.budget.field}={self.budget.epsilon}; raise the budget or plan fewer releases"
             )
         row = {
             "release": release,
             "client": self.client,
-            "mechanism": "gaussian" if event.sample_rate == 1 else "poisson-subsampled gaussian",
+            "mechanism": mechanism
+            or ("gaussian" if event.sample_rate == 1 else "poisson-subsampled gaussian"),
             "noise_multiplier": float(event.noise_multiplier),
             "sample_rate": float(event.sample_rate),
             "count": event.count,
             "unit": self.budget.unit,
-            "adjacency": "add/remove",
+            "adjacency": self.budget.adjacency,
             "delta": self.budget.delta,
             "accountant": self.budget.accountant,
             "epsilon": total,

@@ -35,6 +35,11 @@ def gaussian(key: bytes, label: str, size: int, std: float) -> np.ndarray:
     return std * np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:size]
 
 
+def subkey(key: bytes, label: str) -> bytes:
+    """32 secret bytes for one purpose, which say nothing about `key` or other labels."""
+    return _derive(key, label, 32)
+
+
 def sampler(key: bytes, label: str) -> np.random.Generator:
     """A generator for Poisson sampling, keyed by 128 secret bits (amplification needs the sample to stay secret)."""
     return np.random.Generator(np.random.Philox(key=int.from_bytes(_derive(key, label, 16), "little")))

@@ -43,7 +43,8 @@ called it a survivor, and then nobody gets its mask key; so every sum that comes
 were not given up, at least t - c (complete graph), or a large part of them except with probability 2^-40 (sparse).
 Another round's secrets: every round has keys of its own, dealt as such; shares of earlier rounds are zeroed.
 Replays: rounds only increase, on state that is persisted before a reply leaves. Sums over chosen subsets: the
-release policy (`ClientPolicy.release`). A wrong share, seal or pair seed: pinned on its author and survived.
+release policy (`ClientPolicy.release`), and noise on the sum where the layout asks for it (`noise.py`). A wrong share,
+seal or pair seed: pinned on its author and survived.
 
 Members join, leave and rotate keys between epochs, by each site's own `ClientMachine.update_directory`; the
 coordinator begins the next epoch of the session with a new machine.
@@ -58,7 +59,7 @@ memory reliably; secrets are zeroed where they live in arrays, dropped elsewhere
 Use `run_epoch_setup` and `run_round` on the coordinator's side, `respond` on the client's.
 """
 
-from .client import ClientMachine
+from .client import ClientMachine, PayForNoise
 from .coordinator import CoordinatorMachine
 from .driver import (
     Contribute,
@@ -98,10 +99,10 @@ from .errors import (
     WrongEpoch,
     WrongRoster,
 )
-from .fixedpoint import Coding, Layout, Segment
+from .fixedpoint import Coding, Layout, OutputNoise, Segment
 from .keys import Directory, IdentityKey, Rng
 from .outcomes import Aborted, Aggregate, Continue, EpochReady, Fault, Outcome
-from .policy import ClientPolicy, EpochParameters, threshold_for
+from .policy import ClientPolicy, EpochParameters, fewest_honest, most_colluders, threshold_for
 from .states import ClientState, CoordinatorState
 
 __all__ = [
@@ -110,8 +111,8 @@ __all__ = [
     "CohortTooSmall", "ContextMismatch", "Continue", "Contribute", "Contribution", "CoordinatorMachine",
     "CoordinatorState", "CorruptState", "Directory", "EpochParameters", "EpochReady", "Exchange",
     "Fault", "Handler", "Headroom", "IdentityKey", "IllegalEvent", "Layout", "LayoutMismatch",
-    "LocalMisuse", "OutOfOrder", "OutOfRange", "Outcome", "PolicyViolation", "ProtocolError",
-    "ReleaseRefused", "RemoteMisbehaviour", "ReplayedRound", "Rng", "Segment", "SumOutOfRange",
-    "UnknownParty", "WrongEpoch", "WrongRoster", "close_epoch", "in_process", "respond", "resume",
-    "run_epoch_setup", "run_round", "threshold_for",
+    "LocalMisuse", "OutOfOrder", "OutOfRange", "Outcome", "OutputNoise", "PayForNoise", "PolicyViolation",
+    "ProtocolError", "ReleaseRefused", "RemoteMisbehaviour", "ReplayedRound", "Rng", "Segment", "SumOutOfRange",
+    "UnknownParty", "WrongEpoch", "WrongRoster", "close_epoch", "fewest_honest", "in_process", "most_colluders",
+    "respond", "resume", "run_epoch_setup", "run_round", "threshold_for",
 ]  # fmt: skip

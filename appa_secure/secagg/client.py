@@ -20,7 +20,7 @@ before a reply leaves.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -51,7 +51,17 @@ from .keys import COORDINATOR, KEY_BYTES, Directory, IdentityKey, Rng
 from .masks import apply_masks, mask_key
 from .policy import ClientPolicy
 from .roster import Roster
-from .schedule import ANSWER_KEY, CHECK_BYTES, MASK_KEY, SEED, answer_key, pair_check, self_seed, split
+from .schedule import (
+    ANSWER_KEY,
+    CHECK_BYTES,
+    MASK_KEY,
+    SEED,
+    answer_key,
+    noise_key,
+    pair_check,
+    self_seed,
+    split,
+)
 from .states import ClientState, client_next
 from .wire import (
     ACK,
@@ -72,6 +82,9 @@ from .wire import (
     peek,
     seal,
 )  # fmt: skip
+
+PayForNoise = Callable[[], bytes]
+"""Pays for one noisy release, durably, and returns the 32-byte secret its noise is derived from; raises to refuse."""
 
 
 class ClientMachine:
@@ -173,12 +186,23 @@ class ClientMachine:
 
     # -- rounds
 
-    def upload(self, message: bytes, vector: NDArray[np.float64], *, layout: Layout, context: bytes) -> bytes:
+    def upload(
+        self,
+        message: bytes,
+        vector: NDArray[np.float64],
+        *,
+        layout: Layout,
+        context: bytes,
+        noise: PayForNoise | None = None,
+    ) -> bytes:
         """Round request in, masked vector out.
 
         `vector` is (layout.size,) float64. `layout` and `context` (32 bytes: digest of what the vector was
         computed from) are what THIS client knows, never taken from the request: the request must agree with
         them. A value out of range raises `OutOfRange` and leaves the round unused.
+
+        A layout with output noise needs `noise`: called when every check has passed and nothing has changed, it pays
+        for the release and returns the client's 32-byte secret for noise. What it raises leaves the round unused.
         """
         envelope = peek(message)
         if reply := self._replay(message):
@@ -195,6 +219,7 @@ class ClientMachine:
             raise BadParameters(
                 f"layout is for a {layout.ring_bits}-bit ring, the epoch for {p.ring_bits} bits"
             )
+        self._policy.check_noise(layout, p)
         coding = layout.preflight(len(epoch.dealers))
         if envelope.body["coding"] != coding.digest:
             raise LayoutMismatch(COORDINATOR, f"round {r}: layout or scale differs from this client's")
@@ -202,6 +227,10 @@ class ClientMachine:
             raise ContextMismatch(COORDINATOR, f"round {r}: context differs from what this client was shown")
 
         masked = coding.encode(vector)
+        if coding.variance:
+            if noise is None:
+                raise BadParameters("a layout with output noise needs the client's secret for noise")
+            coding.add_noise(masked, noise_key(noise(), p, self.client_id, r, coding.digest, context))
         own = self_seed(epoch.secrets[r - 1, SEED].tobytes(), epoch.transcript, p, self.client_id, r)
         add = [mask_key(own, r, coding.digest, context)]
         subtract: list[bytes] = []

@@ -41,7 +41,7 @@ from .fixedpoint import Layout
 from .keys import COORDINATOR, KEY_BYTES, Directory
 from .opening import Opening
 from .outcomes import Aborted, Continue, Fault, Outcome
-from .policy import DEFAULT_ROUNDS, EpochParameters, Release, threshold_for
+from .policy import DEFAULT_ROUNDS, RELEASES, EpochParameters, Release, threshold_for
 from .roster import check_bundle
 from .states import CoordinatorState, coordinator_next
 from .wire import (
@@ -102,8 +102,8 @@ class CoordinatorMachine:
             raise BadParameters(
                 f"min_cohort {min_cohort} for {len(names)} clients: needs 2 <= min_cohort <= clients"
             )
-        if release not in ("abort", "recover"):
-            raise BadParameters(f"release {release!r}: use 'abort' or 'recover'")
+        if release not in RELEASES:
+            raise BadParameters(f"release {release!r}: use one of {', '.join(RELEASES)}")
         t = threshold_for(len(names)) if threshold is None else threshold
         self._epoch = CoordinatorEpoch(EpochParameters(session, 1, names, t, rounds, ring_bits))
         self._directory = directory

@@ -89,7 +89,7 @@ def dump(state: CoordinatorState, min_cohort: int, release: str, epoch: Coordina
             "acks": epoch.acks,
             "confirmed": sorted(epoch.confirmed),
             "round": epoch.round,
-            "layout": [epoch.layout.ring_bits, epoch.layout.describe()] if epoch.layout else [],
+            "layout": _layout_fields(epoch.layout) if epoch.layout else [],
             "context": epoch.context,
             "total": [] if epoch.total is None else [epoch.total.tobytes()],
             "survivors": list(epoch.survivors),
@@ -100,6 +100,10 @@ def dump(state: CoordinatorState, min_cohort: int, release: str, epoch: Coordina
             "earlier_faults": epoch.earlier_faults,
         }
     )
+
+
+def _layout_fields(layout: Layout) -> list[Any]:
+    return [layout.ring_bits, layout.describe(), layout.describe_noise()]
 
 
 def load(data: bytes, directory: Directory) -> tuple[CoordinatorState, int, Any, CoordinatorEpoch]:
@@ -138,7 +142,7 @@ def _load(fields: Mapping[str, Any], directory: Directory) -> CoordinatorEpoch:
         acks=dict(fields["acks"]),
         confirmed=set(fields["confirmed"]),
         round=fields["round"],
-        layout=Layout.from_description(layout[1], layout[0]) if layout else None,
+        layout=Layout.from_description(layout[1], layout[0], layout[2]) if layout else None,
         context=fields["context"],
         total=np.frombuffer(fields["total"][0], ring_dtype(ring_bits)).copy() if fields["total"] else None,
         survivors=tuple(fields["survivors"]),

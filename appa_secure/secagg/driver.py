@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from .client import ClientMachine
+from .client import ClientMachine, PayForNoise
 from .coordinator import CoordinatorMachine
 from .errors import OutOfOrder, ProtocolError, RemoteMisbehaviour
 from .fixedpoint import Layout
@@ -46,14 +46,20 @@ def in_process(clients: Mapping[str, Handler]) -> Exchange:
     return exchange
 
 
-def respond(machine: ClientMachine, message: bytes, contribute: Contribute | None = None) -> bytes | None:
+def respond(
+    machine: ClientMachine,
+    message: bytes,
+    contribute: Contribute | None = None,
+    noise: PayForNoise | None = None,
+) -> bytes | None:
     """The client's reply to one coordinator message: a protocol reply, a signed refusal with its reason, or
-    None for a notice that takes no reply. `contribute` supplies the vector when a round is asked for."""
+    None for a notice that takes no reply. `contribute` supplies the vector when a round is asked for, `noise` pays for
+    its output noise where its layout has some."""
     try:
         request = peek(message)
         if request.type == ROUND and contribute is not None:
             vector, layout, context = contribute(request.epoch, request.round, request.body["context"])
-            return machine.upload(message, vector, layout=layout, context=context)
+            return machine.upload(message, vector, layout=layout, context=context, noise=noise)
         if request.type == CLOSE:
             machine.close(message)
             return None

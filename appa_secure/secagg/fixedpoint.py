@@ -9,6 +9,12 @@ float64's 53 bits:
 so decoding is exact and the only error is rounding on encoding: at most 2^-(f+1) per party, n * 2^-(f+1) per
 sum. A value outside its range is an error, never clipped: clipping would bias the sum in silence. Clear mode
 uses the same coding, which is what makes blind and clear runs equal bit by bit.
+
+A layout with `OutputNoise` is coded otherwise. Every client adds discrete Gaussian noise of one variance to all its ring
+elements, so the segments are scaled to about the same integer width, and no finer than is of use: until the rounding of
+all n parties is at most an eighth of the noise's standard deviation. The preflight counts the noise at its largest:
+
+    n * (ceil(max(|lo|, |hi|) * 2^f) + noise bound) < 2^min(ring_bits - 1, 53)
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import noise
 from .errors import BadParameters, Headroom, OutOfRange, SumOutOfRange
 from .keys import digest
 from .masks import RingVector, ring_dtype
@@ -61,13 +68,29 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class OutputNoise:
+    """Noise that clients add so that a sum protects a whole vector: the noise of `honest` clients together has at least
+    `multiplier` times the L2 distance of two vectors of the layout as its standard deviation."""
+
+    multiplier: float
+    honest: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.multiplier) and self.multiplier > 0):
+            raise BadParameters(f"noise multiplier {self.multiplier}: must be a positive number")
+        if self.honest < 1:
+            raise BadParameters(f"noise of {self.honest} honest clients: needs at least 1")
+
+
+@dataclass(frozen=True)
 class Layout:
-    """What one masked vector consists of: segments in order, and the ring they are summed in (32 or 64
-    bits).
+    """What one masked vector consists of: segments in order, the ring they are summed in (32 or 64 bits), and the
+    noise that clients add, if any.
     """
 
     segments: tuple[Segment, ...]
     ring_bits: int = 64
+    noise: OutputNoise | None = None
 
     def __post_init__(self) -> None:
         if self.ring_bits not in (32, 64):
@@ -86,14 +109,21 @@ class Layout:
         """Segments as plain values; floats as exact hexadecimal text."""
         return [[s.name, s.size, float(s.lo).hex(), float(s.hi).hex(), s.min_bits] for s in self.segments]
 
+    def describe_noise(self) -> list[str | int]:
+        """Multiplier and number of honest clients of the noise as plain values; nothing without noise."""
+        return [float(self.noise.multiplier).hex(), self.noise.honest] if self.noise else []
+
     @classmethod
-    def from_description(cls, segments: list[list[Any]], ring_bits: int) -> Layout:
+    def from_description(
+        cls, segments: list[list[Any]], ring_bits: int, noise: list[Any] | None = None
+    ) -> Layout:
         return cls(
             tuple(
                 Segment(n, size, float.fromhex(lo), float.fromhex(hi), bits)
                 for n, size, lo, hi, bits in segments
             ),
             ring_bits,
+            OutputNoise(float.fromhex(noise[0]), noise[1]) if noise else None,
         )
 
     def preflight(self, parties: int) -> Coding:
@@ -107,6 +137,8 @@ class Layout:
 def _preflight(layout: Layout, parties: int) -> Coding:
     if parties < 1:
         raise BadParameters(f"preflight for {parties} parties: needs at least 1")
+    if layout.noise is not None:
+        return _noisy_preflight(layout, layout.noise, parties)
     bits = []
     for segment in layout.segments:
         fraction = _fraction_bits(segment, layout.ring_bits, parties)
@@ -131,13 +163,48 @@ def _fraction_bits(segment: Segment, ring_bits: int, parties: int) -> int:
     return bits
 
 
+def _noisy_preflight(layout: Layout, target: OutputNoise, parties: int) -> Coding:
+    multiplier = Fraction(target.multiplier) ** 2
+    for fine in range(1, MAX_FRACTION_BITS):
+        # A segment of width 2 is coded one bit coarser than one of width 1, and has as much noise for its width.
+        bits = tuple(max(0, fine - round(math.log2(s.hi - s.lo))) for s in layout.segments)
+        total = multiplier * _distance_squared(layout, bits)  # of the honest clients' noise, in integers
+        if total >= max(16 * parties**2, noise.MIN_VARIANCE * target.honest):
+            break
+    variance = math.ceil(total / target.honest) + 1  # 1 more for what the sum lacks to a discrete Gaussian
+    if variance > noise.MAX_VARIANCE:
+        raise Headroom(
+            f"output noise: {target.honest} honest clients must each add noise of variance {variance}, at most "
+            f"{noise.MAX_VARIANCE} is possible; use a larger epsilon, fewer releases or more clients"
+        )
+    reach, limit = noise.bound(variance), 2 ** min(layout.ring_bits - 1, FLOAT_BITS)
+    for segment, f in zip(layout.segments, bits, strict=True):
+        if parties * (math.ceil(Fraction(segment.magnitude) * 2**f) + reach) >= limit:
+            raise Headroom(
+                f"segment '{segment.name}': the sum of {parties} parties with noise of up to {reach} each can wrap in "
+                f"a {layout.ring_bits}-bit ring; use ring_bits=64, a larger epsilon or fewer parties"
+            )
+    return Coding(layout, parties, bits, variance)
+
+
+def _distance_squared(layout: Layout, bits: tuple[int, ...]) -> int:
+    """Squared L2 distance that two encoded vectors can have at most, in integers."""
+    widths = [
+        (s.size, int(np.rint(s.hi * 2.0**f)) - int(np.rint(s.lo * 2.0**f)))
+        for s, f in zip(layout.segments, bits, strict=True)
+    ]
+    return sum(size * width**2 for size, width in widths)
+
+
 @dataclass(frozen=True)
 class Coding:
-    """A layout with its fractional bits fixed for `parties`. Made by `Layout.preflight` only."""
+    """A layout with its fractional bits fixed for `parties`, and the variance parameter of each client's noise in
+    integers (0: none). Made by `Layout.preflight` only."""
 
     layout: Layout
     parties: int
     bits: tuple[int, ...]
+    variance: int = 0
 
     @cached_property
     def digest(self) -> bytes:
@@ -145,12 +212,29 @@ class Coding:
         fields: list[str | int] = [self.layout.ring_bits, self.parties]
         for description, bits in zip(self.layout.describe(), self.bits, strict=True):
             fields += (*description, bits)
+        if self.variance:
+            fields += ("output noise", *self.layout.describe_noise(), self.variance)
         return digest("coding", *fields)
+
+    @property
+    def distance_squared(self) -> int:
+        """Squared L2 sensitivity in integers: how far apart two encoded vectors can be, whatever one client sends."""
+        return _distance_squared(self.layout, self.bits)
+
+    @property
+    def noise_bound(self) -> int:
+        """The largest noise one client adds to an entry, in integers."""
+        return noise.bound(self.variance) if self.variance else 0
+
+    def noise_std(self, contributors: int) -> NDArray[np.float64]:
+        """(L,) standard deviation of the noise in a decoded sum of `contributors` vectors; 0 without noise."""
+        std = math.sqrt(contributors * self.variance)
+        return self._spread([std * 2.0**-bits for bits in self.bits])
 
     @cached_property
     def error_bound(self) -> NDArray[np.float64]:
         """(L,) largest possible difference between a decoded sum of `parties` vectors and the exact sum."""
-        return self._spread([self.parties * 2.0 ** -(bits + 1) for bits in self.bits])
+        return self._spread([self.parties * (0.5 + self.noise_bound) * 2.0**-bits for bits in self.bits])
 
     def encode(self, vector: NDArray[np.float64]) -> RingVector:
         """(L,) ring elements, value * 2^f rounded half to even. Raises `OutOfRange` naming the first bad
@@ -168,6 +252,12 @@ class Coding:
             # Every rounded value is below 2^(ring_bits - 1) in size: the conversion is exact.
             signed[start:stop] = np.rint(part * 2.0**bits)
         return ring
+
+    def add_noise(self, ring: RingVector, key: bytes) -> None:
+        """In place: the noise of one client, from the keystream of `key` (32 bytes, for this vector alone)."""
+        randomness = noise.stream(key, noise.SAMPLE_BYTES * ring.size)
+        drawn = noise.sample(self.variance, ring.size, randomness)
+        np.add(ring, drawn.astype(_signed(self.layout.ring_bits)).view(ring.dtype), out=ring)
 
     def encode_clear(self, vector: NDArray[np.float64]) -> RingVector:
         """What a client of clear mode sends: the same ring elements without masks."""
@@ -190,9 +280,10 @@ class Coding:
             raise BadParameters(f"sum of {contributors} contributors, coding made for {self.parties}")
         signed = total.view(_signed(self.layout.ring_bits))
         decoded = np.empty(total.size, dtype=np.float64)
-        bad = 0
+        bad, reach = 0, self.noise_bound
         for segment, bits, start, stop in self._chunks():
-            lowest, highest = np.rint(segment.lo * 2.0**bits), np.rint(segment.hi * 2.0**bits)
+            lowest = np.rint(segment.lo * 2.0**bits) - reach
+            highest = np.rint(segment.hi * 2.0**bits) + reach
             part = signed[start:stop].astype(np.float64)
             bad += int(((part < contributors * lowest) | (part > contributors * highest)).sum())
             np.divide(part, 2.0**bits, out=decoded[start:stop])

@@ -16,14 +16,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 from .errors import BadParameters, CohortTooSmall, PolicyViolation, UnknownParty
-from .graph import COMPLETE_UP_TO, Sharing, complete, sparse
+from .fixedpoint import Layout
+from .graph import COMPLETE_UP_TO, CORRUPT, Sharing, complete, sparse
 from .keys import COORDINATOR, Directory, check_id, digest
 from .wire import Envelope, check_session
 
-Release = Literal["abort", "recover"]
+Release = Literal["abort", "noise", "recover"]
+RELEASES = get_args(Release)
 MAX_ROUNDS = 4096
 DEFAULT_ROUNDS = 64
 
@@ -33,6 +35,33 @@ def threshold_for(parties: int, fraction: float = 2 / 3) -> int:
     if not 0.5 <= fraction <= 1:
         raise BadParameters(f"threshold fraction {fraction}: must lie in [0.5, 1]")
     return max(math.ceil(Fraction(fraction).limit_denominator(100) * parties), parties // 2 + 1)
+
+
+def sharing_of(parties: int, threshold: int) -> Sharing:
+    """The sharing graph of an epoch of so many clients."""
+    return complete(parties, threshold) if parties <= COMPLETE_UP_TO else sparse(parties)
+
+
+def most_colluders(parties: int, threshold: int) -> int:
+    """How many of the clients may work with the coordinator: c with 2t > n + c, or a fifth on a sparse graph."""
+    if parties <= COMPLETE_UP_TO:
+        return 2 * threshold - parties - 1
+    return math.floor(CORRUPT * parties)
+
+
+def fewest_honest(parties: int, threshold: int, release: Release, colluders: int) -> int:
+    """The least number of honest clients in any sum that opens: all under `abort`; else t - c on the complete graph and
+    `Sharing.smallest_group` on a sparse one (docs/decisions/0013). Output noise is calibrated to it."""
+    if not 0 <= colluders <= most_colluders(parties, threshold):
+        raise BadParameters(
+            f"{colluders} colluders among {parties} clients: threshold {threshold} stands 0.."
+            f"{most_colluders(parties, threshold)}"
+        )
+    if release == "abort":
+        return parties - colluders
+    if parties <= COMPLETE_UP_TO:
+        return threshold - colluders
+    return sharing_of(parties, threshold).smallest_group
 
 
 @dataclass(frozen=True)
@@ -67,8 +96,7 @@ class EpochParameters:
     @cached_property
     def sharing(self) -> Sharing:
         """Who shares with how many, and how many shares open a secret. Public, the same for everyone."""
-        n = len(self.clients)
-        return complete(n, self.threshold) if n <= COMPLETE_UP_TO else sparse(n)
+        return sharing_of(len(self.clients), self.threshold)
 
     @property
     def quorum(self) -> int:
@@ -93,9 +121,13 @@ class ClientPolicy:
     - `abort`: only for the whole roster, and only for a roster that is the whole directory. Nobody can be
       left out of a sum, so there are no two sums to subtract. A party that stays away for good needs new
       directories at every site.
+    - `noise`: any survivors >= max(threshold, min_cohort), and only sums that carry output noise: two sums that differ
+      in one party say no more of it than their noise allows, and the caller pays for each.
     - `recover`: any survivors >= max(threshold, min_cohort). The coordinator may obtain two sums that differ
       in one party (same inputs, with and without it) and subtract: only for members whose single input may
       be learnt.
+
+    `colluders`: how many clients may work with the coordinator, or leave out their noise; None: `most_colluders`.
     """
 
     min_cohort: int = 5
@@ -103,14 +135,15 @@ class ClientPolicy:
     ring_bits: int = 64
     max_rounds: int = 256
     release: Release = "abort"
+    colluders: int | None = None
 
     def __post_init__(self) -> None:
         if self.min_cohort < 2:
             raise BadParameters(f"min_cohort {self.min_cohort}: a sum of fewer than 2 hides nothing")
         if self.ring_bits not in (32, 64):
             raise BadParameters(f"ring_bits {self.ring_bits}: use 32 or 64")
-        if self.release not in ("abort", "recover"):
-            raise BadParameters(f"release {self.release!r}: use 'abort' or 'recover'")
+        if self.release not in RELEASES:
+            raise BadParameters(f"release {self.release!r}: use one of {', '.join(RELEASES)}")
         if self.max_rounds < 1:
             raise BadParameters(f"max_rounds {self.max_rounds}: must be at least 1")
         threshold_for(2, self.threshold_fraction)
@@ -160,6 +193,23 @@ class ClientPolicy:
                 "under release 'abort' it must list all",
             )
         return parameters
+
+    def check_noise(self, layout: Layout, parameters: EpochParameters) -> None:
+        """Raise `BadParameters` unless `layout` has the noise that this policy needs, calibrated to no more honest
+        clients than a sum of this epoch may be left with."""
+        if layout.noise is None:
+            if self.release == "noise":
+                raise BadParameters("under release 'noise' only vectors with output noise are summed")
+            return
+        n = len(parameters.clients)
+        # From this client's own threshold: a proposal with a higher one does not make more colluders likely.
+        own = most_colluders(n, threshold_for(n, self.threshold_fraction))
+        colluders = own if self.colluders is None else self.colluders
+        honest = fewest_honest(n, parameters.threshold, self.release, colluders)
+        if layout.noise.honest > honest:
+            raise BadParameters(
+                f"output noise is calibrated to {layout.noise.honest} honest clients; a sum of this epoch may have {honest}"
+            )
 
     def check_cohort(self, parties: Sequence[str], where: str) -> None:
         """Raise `CohortTooSmall` below the minimum cohort."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from .keys import KEY_BYTES, bind, derive, digest
+from .keys import KEY_BYTES, bind, derive, digest, expand
 from .policy import EpochParameters
 from .shamir import SHARE_BYTES
 
@@ -73,6 +73,18 @@ def answer_key(
     """AEAD key of the sealed part of a client's answer in one round. Used once: a round is answered once."""
     info = bind("answer", parameters.session, parameters.epoch, client, round_id)
     return derive(secret, transcript, info)
+
+
+def noise_key(
+    secret: bytes, parameters: EpochParameters, client: str, round_id: int, coding: bytes, context: bytes
+) -> bytes:
+    """AES key of the output noise of one upload, from a secret that never leaves the client and is never shared.
+
+    Everything the upload depends on is in it: the same upload has the same noise, also after a restart, and no two
+    different uploads have (their difference would be free of noise).
+    """
+    info = bind("noise", parameters.session, parameters.epoch, client, round_id, coding, context)
+    return expand(secret, info)
 
 
 def share_key(shared: bytes, roster: bytes, parameters: EpochParameters, dealer: str, holder: str) -> bytes:

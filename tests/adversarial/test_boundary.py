@@ -125,7 +125,9 @@ def _listen(result: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
             _plant_state(canaries, client, planted)
         return replies
 
-    def sending(self: Client, kind: str, body: Mapping[str, Any], vector: np.ndarray, layout: Any) -> bytes:
+    def sending(
+        self: Client, kind: str, body: Mapping[str, Any], vector: np.ndarray, layout: Any, noise: Any = None
+    ) -> bytes:
         name = {"train": "update", "score": "reward"}[kind]
         # The same places for every client
         at = np.random.default_rng(len(vector)).permutation(len(vector))[:200]
@@ -135,7 +137,7 @@ def _listen(result: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
         canaries.numbers(name, self.client_id, np.asarray(vector)[chosen])
         canaries.ring(name, self.client_id, code[chosen])
         result.vectors += 1
-        return send(self, kind, body, vector, layout)
+        return send(self, kind, body, vector, layout, noise)
 
     clients: dict[str, Client] = {}
     planted: set[tuple[str, bytes]] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from appa_secure.aggregation import AggregationSpec, combine_clear
 from appa_secure.errors import ConfigError, RunError
 from appa_secure.journal import read_journal
 from appa_secure.membership import FILE, Membership, membership_of, next_membership, renewed
+from appa_secure.privacy.output import plan_output
 from appa_secure.records import RunDir, verify
 from appa_secure.tasks import parse
 from coordinator.reward import FederatedReward
@@ -308,3 +310,13 @@ def test_a_newcomer_too_many_for_the_ring_is_refused(tmp_path: Path) -> None:
     crowd = {f"n{i}": (f"n{i}", i.to_bytes(32, "big")) for i in range(1, 12)}
     with pytest.raises(ConfigError, match="drowns in the rounding"):
         renewed(world.agreement, next_membership(now, 0, join=crowd))
+
+
+def test_output_noise_that_was_planned_for_more_parties_is_refused(tmp_path: Path) -> None:
+    """Seven groups, threshold 5, nobody may collude: five have noise in every sum; of six, four."""
+    plan = plan_output(50.0, 1e-6, 10, 5, 0)
+    world = ready(tmp_path, groups=7, min_cohort=5, output=plan, release="noise")
+    leaves = next_membership(membership_of(world.agreement), 0, leave=["g0"])
+    with pytest.raises(ConfigError, match=r"4 honest parties may be left in a sum, .* planned for 5"):
+        renewed(world.agreement, leaves)
+    renewed(replace(world.agreement, output=plan_output(50.0, 1e-6, 10, 4, 0)), leaves)

@@ -201,9 +201,9 @@ def row(tmp_path: Path) -> dict[str, Any]:
 def test_rows_are_recorded_once(tmp_path: Path, row: dict[str, Any]) -> None:
     world = make_world(tmp_path, groups=3)
     with world.run_dir() as run:
-        assert record_ledger(run, "g0", json.dumps([row]).encode()) == row["epsilon"]
-        assert record_ledger(run, "g0", json.dumps([row]).encode()) == row["epsilon"]
-        assert record_ledger(run, "g0", b"[]") is None
+        assert record_ledger(run.ledger, "g0", json.dumps([row]).encode()) == row["epsilon"]
+        assert record_ledger(run.ledger, "g0", json.dumps([row]).encode()) == row["epsilon"]
+        assert record_ledger(run.ledger, "g0", b"[]") is None
         assert list(run.ledger) == [row]
 
 
@@ -224,8 +224,8 @@ def test_rows_that_are_none_are_refused_by_sender_and_nothing_is_recorded(
             json.dumps([{k: row[k] for k in list(row)[:-1]}]).encode(),
         ):
             with pytest.raises(BadEncoding, match=r"^g0:"):
-                record_ledger(run, "g0", raw)
+                record_ledger(run.ledger, "g0", raw)
         huge = json.dumps([row]).replace(json.dumps(row["epsilon"]), "1e999").encode()
         with pytest.raises(BadEncoding, match=r"^g0:"):
-            record_ledger(run, "g0", huge)
+            record_ledger(run.ledger, "g0", huge)
         assert not list(run.ledger)

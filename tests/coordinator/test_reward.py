@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from appa_secure.aggregation import AggregationSpec, combine_clear
-from appa_secure.errors import RunError
+from appa_secure.errors import PrivacyError, RunError
 from appa_secure.messages import REQUESTS, unpack
+from appa_secure.privacy.ledger import check_rows
+from appa_secure.privacy.output import MECHANISM, plan_output
 from appa_secure.records import Journal, RunDir
 from appa_secure.tasks import parse, random_answer
 from coordinator.predictor import initial_predictor
@@ -177,6 +179,36 @@ def test_a_group_that_stays_away_stops_the_run_with_its_name(tmp_path: Path) -> 
             assert reward.step(step, *rollouts(world, step)) == [None] * 6
         with pytest.raises(RunError, match=r"5 alignment steps in a row.*g3"):
             reward.step(5, *rollouts(world, 5))
+
+
+def test_a_budget_of_clients_that_is_used_up_stops_the_run_and_keeps_what_was_opened(tmp_path: Path) -> None:
+    world = ready(tmp_path, release="noise", output=plan_output(20.0, 1e-6, 2, 3, 1))
+    with world.run_dir() as run:
+        reward = federated(world, run)
+        for step in (1, 2):
+            assert all(0 <= r <= 1 for r in reward.step(step, *rollouts(world, step)))
+        with pytest.raises(PrivacyError, match=r"alignment step 3: .*secagg\.output_epsilon=20\.0"):
+            reward.step(3, *rollouts(world, 3))
+        assert sorted(reward.rows) == [1, 2]
+        paid = check_rows(list(run.output_ledger))
+        assert set(paid) == set(world.clients)
+        assert 19 < max(paid.values()) <= 20
+        # What is known is answered from the journal, without another payment.
+        again = federated(world, run)
+        assert again.step(2, *rollouts(world, 2)) == reward.step(2, *rollouts(world, 2))
+        assert len(run.output_ledger) == 10
+
+
+def test_a_cohort_pays_once_per_member_and_step(tmp_path: Path) -> None:
+    plan = plan_output(50.0, 1e-6, 3, 3, 1)
+    world = ready(tmp_path, groups=2, members=5, mode="cohort", release="noise", output=plan)
+    with world.run_dir() as run:
+        reward = federated(world, run)
+        for step in (1, 2):
+            world.offline = {"g0 #1"} if step == 2 else set()
+            assert all(0 <= r <= 1 for r in reward.step(step, *rollouts(world, step)))
+        assert len(run.output_ledger) == 10 + 9
+        assert {row["mechanism"] for row in run.output_ledger} == {MECHANISM}
 
 
 def test_completions_that_are_no_answers_get_the_penalty_and_are_never_sent(tmp_path: Path) -> None:

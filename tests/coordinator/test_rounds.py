@@ -50,9 +50,9 @@ def vectors(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray]]:
     seen: dict[str, list[np.ndarray]] = {}
     send = Client._send
 
-    def spy(self: Client, kind: str, body: Any, vector: np.ndarray, layout: Any) -> bytes:
+    def spy(self: Client, kind: str, body: Any, vector: np.ndarray, layout: Any, noise: Any = None) -> bytes:
         seen.setdefault(self.client_id, []).append(np.array(vector))
-        return send(self, kind, body, vector, layout)
+        return send(self, kind, body, vector, layout, noise)
 
     monkeypatch.setattr(Client, "_send", spy)
     return seen
@@ -290,7 +290,9 @@ def test_nonsense_from_one_client_opens_nothing_and_is_recorded(tmp_path: Path, 
 
 @pytest.mark.parametrize("message", [b"", b"\0" * 7, b"\0" * 8, b"\0" * 8 * 100])
 def test_a_clear_vector_of_another_length_is_refused_not_broadcast(tmp_path: Path, message: bytes) -> None:
-    world = stubbed(ready(tmp_path, mode="clear"), "g3", pack(REPLIES, "score", message=message))
+    world = stubbed(
+        ready(tmp_path, mode="clear"), "g3", pack(REPLIES, "score", message=message, ledger=b"[]")
+    )
     with world.run_dir() as run, pytest.raises(BadEncoding, match=r"g3: score: \d+ bytes"):
         reward_sum(world, world.rounds(run))
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from appa_secure.progress import Progress
+from tests.mutations import output_noise
 
 REPO = Path(__file__).resolve().parents[2]
 COPIED = ("appa_secure", "clients", "coordinator", "configs", "tests", "pyproject.toml")
@@ -310,6 +311,7 @@ ROWS = (
     row(14, "`abort` takes no smaller roster",
         "adversarial/secagg/test_differencing.py::test_a_new_epoch_without_the_victim_is_refused_under_abort",
         ('if self.release == "abort" and set(parameters.clients) != set(directory):', "if False:")),
+    *(row(*entry) for entry in output_noise.ROWS),
 )  # fmt: skip
 
 

@@ -19,10 +19,12 @@ from appa_secure.secagg import (
     EpochReady,
     IdentityKey,
     Layout,
+    ReleaseRefused,
     Segment,
     respond,
     run_epoch_setup,
     run_round,
+    schedule,
 )
 from appa_secure.secagg.keys import COORDINATOR
 from appa_secure.secagg.wire import Envelope, parse, peek, seal
@@ -76,11 +78,14 @@ class World:
         min_cohort: int = 2,
         seed: object = 0,
         threshold: int | None = None,
+        colluders: int | None = 0,
     ) -> None:
         self.names = names(n)
         self.identities = identities(n)
         self.directory = Directory({name: key.public_bytes() for name, key in self.identities.items()})
-        self.policy = ClientPolicy(min_cohort=min_cohort, release=release, ring_bits=layout.ring_bits)
+        self.policy = ClientPolicy(
+            min_cohort=min_cohort, release=release, ring_bits=layout.ring_bits, colluders=colluders
+        )
         self.clients = {
             name: ClientMachine(name, key, self.directory, self.policy, seeded((seed, name)))
             for name, key in self.identities.items()
@@ -102,6 +107,8 @@ class World:
         self.outbound: Rewrite = lambda name, envelope: envelope.raw
         self.inbound: Rewrite = lambda name, envelope: envelope.raw
         self.uploads: dict[str, bytes] = {}
+        self.paid: dict[str, int] = {}  # how often each client paid for noise
+        self.broke = False  # nobody can pay any more
 
     def exchange(self, requests: Mapping[str, bytes]) -> dict[str, bytes]:
         replies = {}
@@ -125,6 +132,24 @@ class World:
             self.clients[name],
             message,
             lambda e, r, c: (self.vectors[name], self.layouts[name], self.contexts[name]),
+            lambda: self.pay(name),
+        )
+
+    def pay(self, name: str) -> bytes:
+        """The secret for noise, counted; what a client with a ledger does."""
+        if self.broke:
+            raise ReleaseRefused(COORDINATOR, "the budget is used up")
+        self.paid[name] = self.paid.get(name, 0) + 1
+        return self.noise_secret(name)
+
+    def noise_secret(self, name: str) -> bytes:
+        return hashlib.sha256(b"noise of " + name.encode()).digest()
+
+    def noise_key(self, name: str, round_id: int, context: bytes = CONTEXT) -> bytes:
+        """The key of a client's noise in one round, as its machine derives it."""
+        coding = self.layout.preflight(len(self.coordinator.roster)).digest
+        return schedule.noise_key(
+            self.noise_secret(name), self.coordinator.parameters, name, round_id, coding, context
         )
 
     def setup(self, epoch: int = 1) -> EpochReady | Aborted:

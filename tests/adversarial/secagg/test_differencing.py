@@ -1,7 +1,7 @@
 """Participation differencing: the sum with and without one party gives that party's vector.
 
-It succeeds under `recover` (so it is not the default among few institutions), fails under `abort`, and `noise` is
-refused as long as there is no noise to be had.
+It succeeds under `recover` (so it is not the default among few institutions) and fails under `abort`. What `noise` leaves
+of it: tests/adversarial/test_output_noise.py.
 """
 
 from __future__ import annotations
@@ -114,10 +114,14 @@ def test_under_recover_a_minimum_cohort_of_all_prevents_it() -> None:
             world.clients[name].unmask(part)
 
 
-def test_noise_is_no_release_policy_before_there_is_noise() -> None:
+def test_noise_opens_nothing_that_carries_no_noise() -> None:
     """A policy that promises noise and opens partial sums without it would be worse than none."""
-    with pytest.raises(BadParameters, match="noise"):
-        ClientPolicy(release="noise")
-    world = World(3)
-    with pytest.raises(BadParameters, match="noise"):
-        CoordinatorMachine(b"s", world.directory, min_cohort=2, release="noise")
+    world = World(6, release="noise")
+    world.setup()
+    request = world.coordinator.begin_round(1, CONTEXT, LAYOUT).outbound[VICTIM]
+    with pytest.raises(BadParameters, match="only vectors with output noise"):
+        world.clients[VICTIM].upload(request, world.vectors[VICTIM], layout=LAYOUT, context=CONTEXT)
+    with pytest.raises(BadParameters, match="release"):
+        ClientPolicy(release="trust")  # type: ignore[arg-type]
+    with pytest.raises(BadParameters, match="release"):
+        CoordinatorMachine(b"s", world.directory, min_cohort=2, release="trust")  # type: ignore[arg-type]
