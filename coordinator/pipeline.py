@@ -100,6 +100,7 @@ class Pipeline:
         known = {row.get("round") for row in self.run_dir.metrics}
 
         def done(number: int, spent: float | None) -> None:
+            spent = self._epsilon() if spent is None else spent  # rounds on histograms pay nothing more
             if number not in known:
                 row = {"stamp": self._trained, "stage": "predictor", "round": number, "epsilon": spent}
                 self.run_dir.metrics.append(row)
