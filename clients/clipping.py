@@ -18,8 +18,7 @@ from opacus.grad_sample.linear import compute_linear_grad_sample
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-# What float32 may lose of a squared norm, relative to the square of the terms' lengths added up. Measured: below 1e-6.
-_ROUNDING = 2e-5
+_UNIT = 2.0**-23  # twice float32's unit roundoff
 _SAMPLERS = {nn.Linear: compute_linear_grad_sample, nn.LayerNorm: compute_layer_norm_grad_sample}
 
 
@@ -68,16 +67,16 @@ class ClippedGradients:
         backward = torch.autograd.grad(loss, [gave for _, _, gave in calls])
         with torch.no_grad():
             layers = [(layer, read, sent) for (layer, read, _), sent in zip(calls, backward, strict=True)]
-            squared, reach = _norms(layers)
-            bad = ~torch.isfinite(squared + reach)
+            squared, lost = _norms(layers)
+            bad = ~torch.isfinite(squared + lost)
             if bool(bad.any()):
                 keep = ~bad[:, None, None]
                 layers = [(m, torch.where(keep, a, 0.0), torch.where(keep, g, 0.0)) for m, a, g in layers]
-                reach = torch.where(bad, 0.0, reach)
+                lost = torch.where(bad, 0.0, lost)
             if units is not None:
-                squared, reach = _unit_norms(layers, units), units @ reach
+                squared, lost = _unit_norms(layers, units), units @ lost
                 bad = (units @ bad.float()) > 0
-            norm = (squared + _ROUNDING * reach.square()).sqrt()
+            norm = (squared + lost.square()).sqrt()
             weight = (self._clip / (norm + 1e-6)).clamp(max=1.0) * multiplicity
             weight = torch.where(bad | ~torch.isfinite(norm), 0.0, weight)
             return self._weighted(layers, weight if units is None else weight @ units)
@@ -97,24 +96,31 @@ class ClippedGradients:
 
 
 def _norms(layers: list[tuple[nn.Module, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Squared norms of the examples' gradients (n,), and the length (n,) they would have if no two terms cancelled.
+    """Squared norms of the examples' gradients (n,), and the root (n,) of what rounding may have taken from them.
 
     In a linear layer the gradient of an example is sum_t g_t a_t', over positions t, and its squared norm is
-    sum_{s,t} (a_s . a_t)(g_s . g_t). Where terms cancel, rounding can make that too small: parameters could be chosen for
-    it. The second figure, per layer sum_t |a_t||g_t|, bounds how much.
+    sum_{s,t} (a_s . a_t)(g_s . g_t). Where terms cancel, rounding can make that too small, and parameters could be chosen
+    for it. An inner product of k terms is off by at most k u / (1 - k u) times the product of the lengths (Higham,
+    Accuracy and Stability of Numerical Algorithms, 2002, section 3.1), in any order of summation; hence a layer's sum by
+    that, with k = inputs + outputs + T^2 + 8, times the square of sum_t |a_t||g_t|.
     """
-    squared, reach = torch.zeros(()), torch.zeros(())
+    squared, lost = torch.zeros(()), torch.zeros(())
     for layer, read, sent in layers:
+        positions = sent.shape[1]
         if isinstance(layer, nn.Linear):
             seen = (read @ read.transpose(1, 2)).add_(1.0)  # (n, T, T); the bias reads 1 everywhere
             back = sent @ sent.transpose(1, 2)
             lengths = (seen.diagonal(dim1=1, dim2=2) * back.diagonal(dim1=1, dim2=2)).sqrt()
+            terms = layer.in_features + layer.out_features + positions**2 + 8
             squared = squared + seen.mul_(back).sum((1, 2))
-            reach = reach + lengths.sum(1).square()
         else:
             for gradient in compute_layer_norm_grad_sample(layer, [read], sent).values():
                 squared = squared + gradient.square().sum(1)
-    return squared, reach.sqrt()
+            # A normalised position of width d is no longer than sqrt(d), and the bias reads 1.
+            lengths = sent.norm(dim=2) * (1 + sent.shape[2]) ** 0.5
+            terms = sent.shape[2] + positions**2 + 8
+        lost = lost + terms * _UNIT * lengths.sum(1).square()
+    return squared, lost.sqrt()
 
 
 def _unit_norms(layers: list[tuple[nn.Module, Tensor, Tensor]], units: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def test_training_looks_at_the_release_and_never_at_the_answers(tmp_path: Path, 
 def test_with_vanishing_noise_it_is_the_training_without_privacy(tmp_path: Path) -> None:
     world = histogram_world(tmp_path, noise_multiplier=1e-9)
     a, client = world.agreement, world.members[ME]
-    world.agreement = client.agreement = replace(a, budget=replace(a.budget, epsilon=1e30))
+    world.agreement = client.agreement = client._founding = replace(a, budget=replace(a.budget, epsilon=1e30))
     client._ledger.budget = world.agreement.budget  # type: ignore[union-attr]
     world.ask(ME, "setup", run="test-run", agreement=client.agreement.digest())
     assert world.ask(ME, "context").kind == "context"
