@@ -74,6 +74,7 @@ from .driver import (
 )
 from .errors import (
     BadEncoding,
+    BadMac,
     BadParameters,
     BadShare,
     BadSignature,
@@ -105,7 +106,7 @@ from .policy import ClientPolicy, EpochParameters, threshold_for
 from .states import ClientState, CoordinatorState
 
 __all__ = [
-    "Aborted", "Aggregate", "BadEncoding", "BadParameters", "BadShare", "BadSignature",
+    "Aborted", "Aggregate", "BadEncoding", "BadMac", "BadParameters", "BadShare", "BadSignature",
     "BelowThreshold", "BothShareKinds", "ClientMachine", "ClientPolicy", "ClientState", "Coding",
     "CohortTooSmall", "ContextMismatch", "Continue", "Contribute", "Contribution", "CoordinatorMachine",
     "CoordinatorState", "CorruptState", "Directory", "EpochParameters", "EpochReady", "Exchange",

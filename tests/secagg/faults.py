@@ -33,7 +33,7 @@ from appa_secure.secagg import (
     shamir,
 )
 from appa_secure.secagg.wire import Envelope, parse, peek
-from tests.secagg.world import CONTEXT, World, random_vector, reseal
+from tests.secagg.world import CONTEXT, World, random_vector
 
 PHASES = ("propose", "roster", "start", "round", "unmask")
 SETUP = PHASES[:3]
@@ -213,7 +213,7 @@ class Trial:
             body["mask_keys"] = body["mask_keys"][:-1]
         elif what == "other transcript" and "ack" in body:
             ack = parse(body["ack"], name)
-            body["ack"] = reseal(ack, {"transcript": rng.randbytes(32)}, self.world.identities[name])
+            body["ack"] = self.world.reseal(ack, {"transcript": rng.randbytes(32)})
         elif what in ("other proposal", "other transcript", "other context"):
             body[what.split()[1]] = rng.randbytes(32)
         elif what in ("garbled packets", "wrong digests", "swapped packets", "missing packet"):
@@ -243,7 +243,7 @@ class Trial:
             field = rng.choice([f for f in body if body[f]])
             body[field] = rng.randbytes(len(body[field]))
         self.liars.add(name)
-        return reseal(envelope, body, self.world.identities[name], **changes)
+        return self.world.reseal(envelope, body, **changes)
 
     def _packets(self, dealer: str, packets: list[bytes], what: str, rng: random.Random) -> list[bytes]:
         if what == "missing packet":
@@ -258,7 +258,7 @@ class Trial:
                 field = "ciphertext" if what == "garbled packets" else "digests"
                 body[field] = rng.randbytes(len(body[field]))
                 self.touched.add(body["to"])  # it cannot take part, and says whose fault that is
-            changed.append(reseal(envelope, body, self.world.identities[dealer]))
+            changed.append(self.world.reseal(envelope, body))
         return changed
 
     def _shifted(self, name: str, vector: bytes, difference: np.ndarray) -> bytes:

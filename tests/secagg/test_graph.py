@@ -114,7 +114,10 @@ def test_small_groups_are_as_rare_as_stated() -> None:
 
 def test_up_to_a_hundred_everybody_holds_shares_of_everybody() -> None:
     for n, degree in ((3, 2), (100, 99), (101, 42)):
-        assert EpochParameters(b"s", 1, tuple(f"{i:04d}" for i in range(n)), n).sharing.degree == degree
+        assert (
+            EpochParameters(b"s", 1, tuple(f"{i:04d}" for i in range(n)), n, b"key".ljust(32)).sharing.degree
+            == degree
+        )
     assert complete(9, 6).threshold == 6
     assert complete(9, 6).smallest_group == 4  # t - c for the largest c with 2t > n + c
 
