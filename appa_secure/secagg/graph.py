@@ -148,23 +148,26 @@ def choose_holders(names: Sequence[str], own: str, degree: int, rng: Rng) -> tup
 class SharingGraph:
     """The edges as the coordinator sees them. Everything is by client id.
 
-    `holders[d]`: who holds shares of dealer d, in id order; the i-th of them (from 1) has Shamir point i.
-    `wards[h]`: the dealers whose shares h holds, in id order. `slots[d]`: for every holder of d, the place of d
-    among that holder's wards. `peers[a]`: with whom a exchanges masks.
+    `holders[d]`: who holds shares of dealer d, in id order, for all dealers as many; the i-th of them (from 1) has
+    Shamir point i. `wards[h]`: the dealers whose shares h holds, in id order. `peers[a]`: with whom a exchanges masks.
+    As arrays: `row[d]` is the row of dealer d in `places` and `slots`, both (dealers, holders): the row of each holder
+    (-1 for one that is out of the epoch), and the place of d among its wards.
     """
 
     def __init__(self, holders: Mapping[str, tuple[str, ...]]) -> None:
         self.holders = dict(sorted(holders.items()))
         self.dealers = tuple(self.holders)
+        self.row = {name: i for i, name in enumerate(self.dealers)}
         held: dict[str, list[str]] = {name: [] for name in self.dealers}
-        slots: dict[str, list[int]] = {name: [] for name in self.dealers}
+        slots: list[list[int]] = [[] for _ in self.dealers]
         for dealer, row in self.holders.items():
             for holder in row:
                 of_holder = held.get(holder, [])  # who has not dealt is out of the epoch and never answers
-                slots[dealer].append(len(of_holder))
+                slots[self.row[dealer]].append(len(of_holder))
                 of_holder.append(dealer)
         self.wards = {name: tuple(row) for name, row in held.items()}
-        self.slots = {name: tuple(row) for name, row in slots.items()}
+        self.places = np.array([[self.row.get(name, -1) for name in row] for row in self.holders.values()])
+        self.slots = np.array(slots)
         self.peers = {
             name: tuple(sorted((set(row) | set(self.holders[name]) & held.keys()) - {name}))
             for name, row in held.items()

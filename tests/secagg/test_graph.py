@@ -156,7 +156,7 @@ def test_both_ends_see_the_same_edges() -> None:
         for b in found.peers[a]:
             assert a in found.peers[b]
             assert b in holders[a] or a in holders[b]
-        for holder, slot in zip(holders[a], found.slots[a], strict=True):
+        for holder, slot in zip(holders[a], found.slots[found.row[a]], strict=True):
             if holder in found.wards:
                 assert found.wards[holder][slot] == a
     assert graph.COMPLETE_UP_TO == 100
