@@ -43,6 +43,7 @@ from .errors import (
     LayoutMismatch,
     OutOfOrder,
     ProtocolError,
+    RemoteMisbehaviour,
     ReplayedRound,
     WrongEpoch,
 )
@@ -279,14 +280,15 @@ class ClientMachine:
     # -- refusing, closing, storing
 
     def refuse(self, message: bytes, error: ProtocolError) -> bytes:
-        """Signed refusal of `message`, carrying the error's name and reason. Changes nothing."""
+        """Signed refusal of `message`, carrying the error's name and reason, and whom it blames. Changes nothing."""
         try:
             envelope = peek(message)
             type_, session, epoch, round_id = envelope.type, envelope.session, envelope.epoch, envelope.round
         except ProtocolError:
             p = self._epoch.parameters if self._epoch else None
             type_, session, epoch, round_id = "", p.session if p else b"\0", p.epoch if p else 0, 0
-        body = {"refused": type_, "code": error.code, "reason": str(error)}
+        accused = error.sender if isinstance(error, RemoteMisbehaviour) else ""
+        body = {"refused": type_, "code": error.code, "reason": str(error), "accused": accused}
         return seal(REFUSAL, session, epoch, round_id, self.client_id, body, self._identity)
 
     def close(self, message: bytes) -> None:

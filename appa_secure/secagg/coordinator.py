@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .coordinator_checks import check_parties, check_ready, check_shares, check_upload
+from .coordinator_checks import accusations, check_parties, check_ready, check_shares, check_upload
 from .coordinator_phases import (
     close_notices,
     coding_of,
@@ -206,7 +206,7 @@ class CoordinatorMachine:
         try:
             self._receive(sender, message)
         except RemoteMisbehaviour as error:
-            self._epoch.faults.append(Fault(sender, "misbehaviour", error.code, str(error)))
+            self._epoch.note(Fault(sender, "misbehaviour", error.code, str(error)))
             raise
 
     def _receive(self, sender: str, message: bytes) -> None:
@@ -230,8 +230,8 @@ class CoordinatorMachine:
         else:
             verify(envelope, self._directory)
         if due == REFUSAL:
-            code, reason = envelope.body["code"], envelope.body["reason"]
-            self._epoch.faults.append(Fault(sender, "refusal", code, reason))
+            body = envelope.body
+            self._epoch.note(Fault(sender, "refusal", body["code"], body["reason"], body["accused"]))
             return
         self._accept(envelope)
         self._epoch.settled[sender] = envelope.proof
@@ -344,9 +344,9 @@ class CoordinatorMachine:
     def _abort(self, error: ProtocolError) -> Aborted:
         phase, in_round = self.state.value, self.state not in _SETUP
         state = coordinator_next(self.state, "abort")
-        culprits = (
-            (error.sender,) if isinstance(error, RemoteMisbehaviour) and error.sender != COORDINATOR else ()
-        )
+        culprits, disputes = accusations(self._epoch) if self.state is CoordinatorState.ACKS else ((), ())
+        if isinstance(error, RemoteMisbehaviour) and error.sender != COORDINATOR:
+            culprits = (error.sender,)
         outcome = Aborted(
             phase,
             self._epoch.round if in_round else 0,
@@ -354,6 +354,7 @@ class CoordinatorMachine:
             str(error),
             culprits,
             tuple(self._epoch.faults),
+            disputes,
         )
         if in_round:
             self._close_round(state)

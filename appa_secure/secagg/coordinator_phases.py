@@ -10,6 +10,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from .coordinator_checks import accusations
 from .coordinator_store import CoordinatorEpoch
 from .errors import BadShare, IllegalEvent
 from .fixedpoint import Coding
@@ -72,7 +73,9 @@ def keep_setup(epoch: CoordinatorEpoch) -> EpochReady:
     for name, envelope in epoch.inbox.items():
         epoch.acks[name], epoch.tables[name] = envelope.body["ack"], envelope.body["table"]
     absent = tuple(name for name in p.clients if name not in epoch.holders)
-    return EpochReady(p.epoch, epoch.dealers, absent, epoch.transcript, tuple(epoch.faults))
+    culprits, disputes = accusations(epoch)
+    faults = tuple(epoch.faults)
+    return EpochReady(p.epoch, epoch.dealers, absent, epoch.transcript, faults, culprits, disputes)
 
 
 def round_requests(epoch: CoordinatorEpoch) -> Messages:

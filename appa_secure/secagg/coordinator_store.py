@@ -6,7 +6,7 @@ this coordinator, and reads nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,8 @@ from .states import CoordinatorState
 from .wire import Envelope, parse
 
 STATE_VERSION = 3
+FAULTS_KEPT = 4  # of one kind and party in one phase
+TEXT_KEPT = 1000  # characters of what a party says of itself
 
 
 @dataclass
@@ -72,6 +74,27 @@ class CoordinatorEpoch:
     def phase_faults(self) -> list[Fault]:
         return self.faults[self.earlier_faults :]
 
+    def note(self, fault: Fault) -> None:
+        """Remember what went wrong. Of one kind and party the first few of a phase are kept and the others counted in the
+        last, so that nobody fills the coordinator's memory; all strangers count as one party."""
+        known = fault.party if fault.party in self.parameters.clients else ""
+        mine = [
+            i
+            for i in range(self.earlier_faults, len(self.faults))
+            if self.faults[i].kind == fault.kind
+            and (
+                self.faults[i].party == known
+                or not (known or self.faults[i].party in self.parameters.clients)
+            )
+        ]
+        if len(mine) < FAULTS_KEPT:
+            texts = {
+                name: getattr(fault, name)[:TEXT_KEPT] for name in ("party", "code", "reason", "accused")
+            }
+            self.faults.append(replace(fault, **texts))
+        else:
+            self.faults[mine[-1]] = replace(self.faults[mine[-1]], more=self.faults[mine[-1]].more + 1)
+
     def begin_phase(self, outbound: dict[str, bytes]) -> None:
         self.outbound, self.settled, self.inbox = outbound, {}, {}
         self.earlier_faults = len(self.faults)
@@ -98,7 +121,7 @@ def dump(state: CoordinatorState, min_cohort: int, release: str, epoch: Coordina
             "context": epoch.context,
             "total": [] if epoch.total is None else [epoch.total.tobytes()],
             "survivors": list(epoch.survivors),
-            "faults": [[f.party, f.kind, f.code, f.reason] for f in epoch.faults],
+            "faults": [[f.party, f.kind, f.code, f.reason, f.accused, f.more] for f in epoch.faults],
             "outbound": epoch.outbound,
             "settled": epoch.settled,
             "inbox": {name: envelope.raw for name, envelope in epoch.inbox.items()},

@@ -47,7 +47,7 @@ class Sharing:
     A roster has at least `quorum` clients, and a client wants `acks` signatures under its own transcript: so many
     that no other transcript can have as many (2 acks > n + c), or the coordinator could give a client's holders
     another list of dealers than the client, who then masks with none of them. Except with probability 2^-40 no sum
-    over fewer than `smallest_group` honest clients comes out.
+    over fewer than `smallest_group` honest clients comes out. All this stands `corrupt` clients.
     """
 
     degree: int
@@ -55,11 +55,13 @@ class Sharing:
     quorum: int
     acks: int
     smallest_group: int
+    corrupt: int
 
 
 def complete(parties: int, threshold: int) -> Sharing:
     """Everybody holds shares of everybody, t of n. An opened sum has t - c honest parties or more, c < 2t - n."""
-    return Sharing(parties - 1, threshold, threshold, threshold, parties - threshold + 1)
+    corrupt = 2 * threshold - parties - 1
+    return Sharing(parties - 1, threshold, threshold, threshold, parties - threshold + 1, corrupt)
 
 
 @lru_cache(maxsize=64)
@@ -83,7 +85,7 @@ def sparse(parties: int, corrupt: float = CORRUPT, dropout: float = DROPOUT) -> 
             continue
         group = smallest_group(parties, quorum, adversary, degree, threshold)
         if group > 1:
-            return Sharing(degree, threshold, quorum, (parties + adversary) // 2 + 1, group)
+            return Sharing(degree, threshold, quorum, (parties + adversary) // 2 + 1, group, adversary)
     raise BadParameters(
         f"no sharing graph of {parties} clients stands {corrupt:.0%} corrupt and {dropout:.0%} missing"
     )

@@ -73,7 +73,7 @@ BODIES: dict[str, dict[str, str]] = {
     UNMASK: {"survivors": "[text]", "dropped": "[text]"},
     ANSWER: {"shares": "bytes", "checks": "bytes", "seeds": "bytes"},
     CLOSE: {},
-    REFUSAL: {"refused": "text", "code": "text", "reason": "text"},
+    REFUSAL: {"refused": "text", "code": "text", "reason": "text", "accused": "text"},
 }
 
 _ENVELOPE = {

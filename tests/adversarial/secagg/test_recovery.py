@@ -162,7 +162,7 @@ def test_lies_in_answers_never_change_a_sum_or_accuse_the_honest(data: st.DataOb
 @pytest.fixture
 def sparse(monkeypatch: pytest.MonkeyPatch) -> Sharing:
     """Six holders each: the degrees that real bounds ask for need more clients than a test should have."""
-    sharing = Sharing(degree=6, threshold=4, quorum=36, acks=30, smallest_group=2)
+    sharing = Sharing(degree=6, threshold=4, quorum=36, acks=30, smallest_group=2, corrupt=4)
     monkeypatch.setattr(policy, "COMPLETE_UP_TO", 10)
     monkeypatch.setattr(policy, "sparse", lambda n: sharing)
     return sharing
