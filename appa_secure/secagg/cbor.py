@@ -10,7 +10,6 @@ and duplicate keys, none of which may occur. Every value has exactly one accepte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import cbor2
@@ -29,7 +28,7 @@ def encode(value: Any) -> bytes:
 
 def _ordered(value: Any) -> Any:
     """Maps with their keys in the order of their encodings: shorter ones first, then bytewise."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {
             key: _ordered(value[key])
             for key in sorted(value, key=lambda key: (len(key.encode()), key.encode()))

@@ -300,6 +300,18 @@ def test_reply_keys_survive_a_kill_on_both_sides_and_no_close(kind: str) -> None
     assert key not in world.coordinator.export_state()
 
 
+def test_the_coordinator_draws_a_key_for_every_epoch() -> None:
+    """From its random source: two coordinators have two keys, and one has another key in every epoch."""
+    keys = set()
+    for seed in (1, 2):
+        world = World(4, seed=seed)
+        for epoch in (1, 2):
+            world.setup(epoch)
+            keys.add(world.coordinator.parameters.coordinator_key)
+            close_epoch(world.coordinator, world.exchange)
+    assert len(keys) == 4
+
+
 def test_the_coordinators_private_key_is_gone_after_the_set_up() -> None:
     world = World(4)
     world.coordinator.propose(1)
