@@ -27,12 +27,9 @@ def encode(value: Any) -> bytes:
 
 
 def _ordered(value: Any) -> Any:
-    """Maps with their keys in the order of their encodings: shorter ones first, then bytewise."""
+    """Maps with their keys in the order of their encodings."""
     if isinstance(value, dict):
-        return {
-            key: _ordered(value[key])
-            for key in sorted(value, key=lambda key: (len(key.encode()), key.encode()))
-        }
+        return {key: _ordered(value[key]) for key in sorted(value, key=cbor2.dumps)}
     return [_ordered(item) for item in value] if isinstance(value, list) else value
 
 

@@ -1,4 +1,4 @@
-"""The client's machine: coordinator messages in, signed replies out.
+"""The client's machine: coordinator messages in, authentic replies out.
 
 What it guarantees, whatever the coordinator does (see the package docstring for the argument):
 

@@ -1,4 +1,4 @@
-"""What the coordinator verifies: a client's signed reply before it counts, naming the sender, and whether enough
+"""What the coordinator verifies: what a client's reply says before it counts, naming the sender, and whether enough
 clients are left. And whom accusations of the set-up, which it cannot verify, are held against.
 """
 
