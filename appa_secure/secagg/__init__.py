@@ -17,9 +17,10 @@ that it draws itself (`graph.py`). Its peers are its holders and the clients it 
                         secrets, one AEAD packet per holder, with signed digests of every share.
     start   -> ready    Each client verifies and decrypts its packets, does all key agreement of the epoch,
                         seals the pair seeds of each round under its own mask key of that round for the coordinator,
-                        forgets its private keys, and signs the transcript (digest of proposal, bundles, final roster).
+                        agrees with it on a reply key, forgets its private keys, and signs the transcript (digest of
+                        proposal, bundles, final roster).
 
-A round, two exchanges, and no public-key operation but signatures:
+A round, two exchanges, and no public-key operation:
 
     round   -> upload   encode(vector) + self-mask + sum of +/- pairwise masks, every one an AES-256-CTR
                         keystream whose key is HKDF(secret; session, epoch, round, ids; salt = transcript),
@@ -27,6 +28,8 @@ A round, two exchanges, and no public-key operation but signatures:
     unmask  -> answer   For each survivor a share of its answer key, for each dropped party a share of its mask
                         key and a hash of the pair seed. Shares of the survivors' self-mask seeds, sealed under
                         the sender's own answer key.
+
+Uploads and answers carry a MAC under the reply key, over the request too, so that no forgery counts.
 
 The coordinator rebuilds answer keys and mask keys, opens the sealed seed shares and the dropped parties' sealed pair
 seeds, checks all against commitments and hashes, and subtracts the masks (`opening.py`).
@@ -44,13 +47,14 @@ were not given up, at least t - c (complete graph), or a large part of them exce
 Another round's secrets: every round has keys of its own, dealt as such; shares of earlier rounds are zeroed.
 Replays: rounds only increase, on state that is persisted before a reply leaves. Sums over chosen subsets: the
 release policy (`ClientPolicy.release`), and noise on the sum where the layout asks for it (`noise.py`). A wrong share,
-seal or pair seed: pinned on its author and survived.
+seal or pair seed: pinned on its author and survived. A packet that does not open in set-up: named, alone or in a pair
+(`Aborted.disputes`).
 
 Members join, leave and rotate keys between epochs, by each site's own `ClientMachine.update_directory`; the
 coordinator begins the next epoch of the session with a new machine.
 
 The specification, byte by byte, with the security argument: threat_model/secure_aggregation.md. Why it is built like
-this: decisions 4, 13 and 14 in docs/decisions.
+this: decisions 4, 13, 14 and 15 in docs/decisions.
 
 What it does not do: it does not check what a client puts in (a party can report any in-range vector), it
 does not hide who took part, and a sum of few parties says much about each (keep `min_cohort` up). Python cannot wipe
@@ -75,6 +79,7 @@ from .driver import (
 )
 from .errors import (
     BadEncoding,
+    BadMac,
     BadParameters,
     BadShare,
     BadSignature,
@@ -106,7 +111,7 @@ from .policy import ClientPolicy, EpochParameters, fewest_honest, most_colluders
 from .states import ClientState, CoordinatorState
 
 __all__ = [
-    "Aborted", "Aggregate", "BadEncoding", "BadParameters", "BadShare", "BadSignature",
+    "Aborted", "Aggregate", "BadEncoding", "BadMac", "BadParameters", "BadShare", "BadSignature",
     "BelowThreshold", "BothShareKinds", "ClientMachine", "ClientPolicy", "ClientState", "Coding",
     "CohortTooSmall", "ContextMismatch", "Continue", "Contribute", "Contribution", "CoordinatorMachine",
     "CoordinatorState", "CorruptState", "Directory", "EpochParameters", "EpochReady", "Exchange",

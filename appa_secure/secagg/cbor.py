@@ -1,7 +1,8 @@
 """Deterministic CBOR (RFC 8949, section 4.2.1), restricted to what the protocol needs.
 
 Values: unsigned integers below 2^64, byte strings, text strings, arrays, and maps with text keys. Encoding is
-cbor2's canonical form. Decoding is written here because it is the first code that touches hostile bytes: a
+cbor2's, which takes the shortest form of everything, with map keys put in order here: its own canonical mode copies long
+byte strings several times. Decoding is written here because it is the first code that touches hostile bytes: a
 general decoder interprets tags (dates, regular expressions, shared references), indefinite lengths, floats
 and duplicate keys, none of which may occur. Every value has exactly one accepted encoding, so
 `encode(decode(b)) == b` for all accepted `b`.
@@ -22,7 +23,14 @@ class NotCanonical(ValueError):
 
 def encode(value: Any) -> bytes:
     """The canonical encoding of `value`."""
-    return cbor2.dumps(value, canonical=True)
+    return cbor2.dumps(_ordered(value))
+
+
+def _ordered(value: Any) -> Any:
+    """Maps with their keys in the order of their encodings."""
+    if isinstance(value, dict):
+        return {key: _ordered(value[key]) for key in sorted(value, key=cbor2.dumps)}
+    return [_ordered(item) for item in value] if isinstance(value, list) else value
 
 
 def decode(data: bytes) -> Any:

@@ -1,4 +1,4 @@
-"""The client's machine: coordinator messages in, signed replies out.
+"""The client's machine: coordinator messages in, authentic replies out.
 
 What it guarantees, whatever the coordinator does (see the package docstring for the argument):
 
@@ -8,6 +8,7 @@ What it guarantees, whatever the coordinator does (see the package docstring for
   coding and context this client saw itself;
 - for each round it releases shares once, for one partition of the roster into survivors and dropped, so never
   both kinds for one party; and only for a partition its release policy opens;
+- every upload and answer is authenticated to the coordinator of this proposal, for the very request it answers;
 - a round is answered once: a later identical request gets the identical bytes, any other is refused, after a
   restart too;
 - a rejected message changes nothing.
@@ -35,13 +36,14 @@ from .client_checks import (
     check_round,
     check_start,
 )
-from .client_store import ClientEpoch, dump, load, request_digest
+from .client_store import ClientEpoch, dump, load
 from .errors import (
     BadParameters,
     ContextMismatch,
     LayoutMismatch,
     OutOfOrder,
     ProtocolError,
+    RemoteMisbehaviour,
     ReplayedRound,
     WrongEpoch,
 )
@@ -59,6 +61,7 @@ from .schedule import (
     answer_key,
     noise_key,
     pair_check,
+    reply_key,
     self_seed,
     split,
 )
@@ -80,7 +83,9 @@ from .wire import (
     Envelope,
     expect,
     peek,
+    request_digest,
     seal,
+    seal_reply,
 )  # fmt: skip
 
 PayForNoise = Callable[[], bytes]
@@ -155,7 +160,8 @@ class ClientMachine:
         """Final roster and the packets for this client in; out: signed acknowledgement of the transcript, and
         the client's pair seeds sealed under its own mask keys.
 
-        Does all key agreement of the epoch, after which the private keys are gone from this client's state.
+        Does all key agreement of the epoch, that with the coordinator included, after which the private keys are gone
+        from this client's state.
         """
         envelope = peek(message)
         if reply := self._replay(message):
@@ -174,10 +180,12 @@ class ClientMachine:
         transcript = roster.transcript(dealers)
         pair_seeds = dealing.make_pair_seeds(epoch, roster, transcript, self.client_id, peers)
         table = dealing.seal_pair_seeds(epoch, transcript, self.client_id, pair_seeds)
+        shared = dealing.agree_with(private, epoch.parameters.coordinator_key, COORDINATOR)
         ack = self._seal(ACK, envelope, {"transcript": transcript})
         reply = self._seal(READY, envelope, {"ack": ack, "table": table})
         epoch.dealers, epoch.wards, epoch.peers, epoch.transcript = dealers, wards, tuple(peers), transcript
         epoch.held, epoch.pair_seeds = held, pair_seeds
+        epoch.reply_key = reply_key(shared, transcript, epoch.parameters, self.client_id)
         epoch.secrets[:, MASK_KEY] = 0
         epoch.encryption_private = b""
         epoch.answers = {request_digest(message): reply}
@@ -242,10 +250,10 @@ class ClientMachine:
         apply_masks(masked, add, subtract)
         body = {"coding": coding.digest, "context": context, "vector": masked.tobytes()}
         del masked  # its bytes are in the body now; vectors can be long
-        reply = self._seal(UPLOAD, envelope, body)
+        reply = seal_reply(UPLOAD, self.client_id, body, envelope, context, epoch.reply_key)
         epoch.wipe_masks(r)
         epoch.wipe_shares(r - 1)
-        epoch.last_round, epoch.confirmed, epoch.checks = r, True, bytes(checks)
+        epoch.last_round, epoch.confirmed, epoch.checks, epoch.context = r, True, bytes(checks), context
         epoch.answers = {request_digest(message): reply}
         self.state = state
         return reply
@@ -282,7 +290,7 @@ class ClientMachine:
             "checks": b"".join(check for peer, check in checks if peer in gone),
             "seeds": ChaCha20Poly1305(key).encrypt(dealing.ONE_TIME_NONCE, seeds, None),
         }
-        reply = self._seal(ANSWER, envelope, body)
+        reply = seal_reply(ANSWER, self.client_id, body, envelope, epoch.context, epoch.reply_key)
         epoch.wipe_shares(r)
         epoch.checks = b""
         epoch.answers[request_digest(message)] = reply
@@ -292,14 +300,15 @@ class ClientMachine:
     # -- refusing, closing, storing
 
     def refuse(self, message: bytes, error: ProtocolError) -> bytes:
-        """Signed refusal of `message`, carrying the error's name and reason. Changes nothing."""
+        """Signed refusal of `message`, carrying the error's name and reason, and whom it blames. Changes nothing."""
         try:
             envelope = peek(message)
             type_, session, epoch, round_id = envelope.type, envelope.session, envelope.epoch, envelope.round
         except ProtocolError:
             p = self._epoch.parameters if self._epoch else None
             type_, session, epoch, round_id = "", p.session if p else b"\0", p.epoch if p else 0, 0
-        body = {"refused": type_, "code": error.code, "reason": str(error)}
+        accused = error.sender if isinstance(error, RemoteMisbehaviour) else ""
+        body = {"refused": type_, "code": error.code, "reason": str(error), "accused": accused}
         return seal(REFUSAL, session, epoch, round_id, self.client_id, body, self._identity)
 
     def close(self, message: bytes) -> None:

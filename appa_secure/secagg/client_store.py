@@ -6,7 +6,6 @@ then send), because a client restored from an older state could answer a round a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +23,7 @@ from .shamir import LIMBS
 from .states import ClientState
 from .wire import named_sender
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 Secrets = NDArray[np.uint8]  # (..., 32), zeroed when used up
 
 
@@ -50,8 +49,10 @@ class ClientEpoch:
     wards: tuple[str, ...] = ()  # whose shares this client holds
     peers: tuple[str, ...] = ()  # with whom it masks
     transcript: bytes = b""
+    reply_key: bytes = b""  # authenticates uploads and answers to the coordinator
     pair_seeds: Secrets = field(default_factory=_no_secrets)  # (R, peers, 32)
     held: NDArray[np.uint32] = field(default_factory=_no_shares)  # (R, wards, KINDS, 9)
+    context: bytes = b""  # of the open round
     checks: bytes = b""  # of the pair seeds of the open round, 16 bytes per peer
     confirmed: bool = False  # the acknowledgements of the others were seen
     last_round: int = 0
@@ -69,15 +70,11 @@ class ClientEpoch:
 
     def wipe(self) -> None:
         """Zero everything secret."""
-        self.encryption_private = b""
+        self.encryption_private = self.reply_key = b""
         self.secrets[:] = 0
         self.wipe_masks(self.parameters.rounds)
         self.wipe_shares(self.parameters.rounds)
         self.answers.clear()
-
-
-def request_digest(message: bytes) -> bytes:
-    return hashlib.sha256(message).digest()
 
 
 def dump(
@@ -103,7 +100,7 @@ def dump(
 def _dump_epoch(epoch: ClientEpoch) -> dict[str, Any]:
     p = epoch.parameters
     return {
-        "parameters": [p.session, p.epoch, list(p.clients), p.threshold, p.rounds, p.ring_bits],
+        "parameters": dump_parameters(p),
         "bundle": epoch.bundle,
         "encryption_private": epoch.encryption_private,
         "secrets": epoch.secrets.tobytes(),
@@ -112,8 +109,10 @@ def _dump_epoch(epoch: ClientEpoch) -> dict[str, Any]:
         "dealers": list(epoch.dealers),
         "wards": list(epoch.wards),
         "peers": list(epoch.peers),
+        "reply_key": epoch.reply_key,
         "pair_seeds": epoch.pair_seeds.tobytes(),
         "held": epoch.held.astype("<u4").tobytes(),
+        "context": epoch.context,
         "checks": epoch.checks,
         "confirmed": int(epoch.confirmed),
         "last_round": epoch.last_round,
@@ -147,8 +146,8 @@ def load(
 
 
 def _load_epoch(fields: Mapping[str, Any], directory: Directory) -> ClientEpoch:
-    session, number, clients, threshold, rounds, ring_bits = fields["parameters"]
-    parameters = EpochParameters(session, number, tuple(clients), threshold, rounds, ring_bits)
+    parameters = load_parameters(fields["parameters"])
+    rounds = parameters.rounds
     roster = load_roster(parameters, fields["roster"], directory)
     dealers, wards, peers = (tuple(fields[name]) for name in ("dealers", "wards", "peers"))
     if dealers and roster is None:
@@ -164,15 +163,26 @@ def _load_epoch(fields: Mapping[str, Any], directory: Directory) -> ClientEpoch:
         wards=wards,
         peers=peers,
         transcript=roster.transcript(dealers) if roster and dealers else b"",
+        reply_key=fields["reply_key"],
         pair_seeds=_secrets(fields["pair_seeds"], (rounds if dealers else 0, len(peers), KEY_BYTES)),
         held=np.frombuffer(fields["held"], "<u4")
         .reshape(rounds if dealers else 0, len(wards), KINDS, LIMBS)
         .astype(np.uint32),
+        context=fields["context"],
         checks=fields["checks"],
         confirmed=bool(fields["confirmed"]),
         last_round=fields["last_round"],
         answers=dict(fields["answers"]),
     )
+
+
+def dump_parameters(p: EpochParameters) -> list[Any]:
+    return [p.session, p.epoch, list(p.clients), p.threshold, p.coordinator_key, p.rounds, p.ring_bits]
+
+
+def load_parameters(fields: list[Any]) -> EpochParameters:
+    session, number, clients, *others = fields
+    return EpochParameters(session, number, tuple(clients), *others)
 
 
 def load_roster(parameters: EpochParameters, bundles: list[bytes], directory: Directory) -> Roster | None:

@@ -2,17 +2,19 @@
 
 Each phase works alike: a step returns `Continue(outbound)`; replies go to `receive(sender, message)` in any
 order; `advance()` ends the phase with whoever answered. A misbehaving or silent client costs its own
-participation, never the phase; what happened to it is in the `faults` of the outcome. All state is public
-data; `export_state` lets a killed coordinator go on.
+participation, never the phase; what happened to it is in the `faults` of the outcome. `export_state` lets a killed
+coordinator go on; its only secrets are the keys that replies are authenticated with.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from .coordinator_checks import check_parties, check_ready, check_shares, check_upload
+from .coordinator_checks import accusations, check_parties, check_ready, check_shares, check_upload
 from .coordinator_phases import (
     close_notices,
     coding_of,
@@ -38,7 +40,7 @@ from .errors import (
     UnknownParty,
 )
 from .fixedpoint import Layout
-from .keys import COORDINATOR, KEY_BYTES, Directory
+from .keys import COORDINATOR, KEY_BYTES, Directory, Rng, x25519_public
 from .opening import Opening
 from .outcomes import Aborted, Continue, Fault, Outcome
 from .policy import DEFAULT_ROUNDS, RELEASES, EpochParameters, Release, threshold_for
@@ -51,10 +53,12 @@ from .wire import (
     REFUSAL,
     SHARES,
     UPLOAD,
+    WITH_MAC,
     Envelope,
     expect,
     parse,
     verify,
+    verify_reply,
 )  # fmt: skip
 
 EXPECTED = {
@@ -93,6 +97,7 @@ class CoordinatorMachine:
         rounds: int = DEFAULT_ROUNDS,
         ring_bits: int = 64,
         release: Release = "abort",
+        rng: Rng = os.urandom,
     ) -> None:
         names = tuple(sorted(directory if clients is None else clients))
         unknown = sorted(set(names) - set(directory))
@@ -105,7 +110,10 @@ class CoordinatorMachine:
         if release not in RELEASES:
             raise BadParameters(f"release {release!r}: use one of {', '.join(RELEASES)}")
         t = threshold_for(len(names)) if threshold is None else threshold
-        self._epoch = CoordinatorEpoch(EpochParameters(session, 1, names, t, rounds, ring_bits))
+        private = rng(KEY_BYTES)
+        parameters = EpochParameters(session, 1, names, t, x25519_public(private), rounds, ring_bits)
+        self._epoch = CoordinatorEpoch(parameters, private)
+        self._rng = rng
         self._directory = directory
         self._min_cohort = min_cohort
         self._release = release
@@ -144,12 +152,12 @@ class CoordinatorMachine:
     # -- set-up
 
     def propose(self, epoch: int) -> Continue:
-        """Begin epoch number `epoch` (from 1, increasing within a session: clients refuse a repeated one)."""
+        """Begin epoch number `epoch` (from 1, increasing within a session: clients refuse a repeated one), with a
+        fresh key of the coordinator."""
         state = coordinator_next(self.state, "propose")
-        p = self.parameters
-        self._epoch = CoordinatorEpoch(
-            EpochParameters(p.session, epoch, p.clients, p.threshold, p.rounds, p.ring_bits)
-        )
+        private = self._rng(KEY_BYTES)
+        parameters = replace(self.parameters, epoch=epoch, coordinator_key=x25519_public(private))
+        self._epoch = CoordinatorEpoch(parameters, private)
         return self._enter(state, proposals(self._epoch))
 
     def close_epoch(self) -> dict[str, bytes]:
@@ -198,7 +206,7 @@ class CoordinatorMachine:
         try:
             self._receive(sender, message)
         except RemoteMisbehaviour as error:
-            self._epoch.faults.append(Fault(sender, "misbehaviour", error.code, str(error)))
+            self._epoch.note(Fault(sender, "misbehaviour", error.code, str(error)))
             raise
 
     def _receive(self, sender: str, message: bytes) -> None:
@@ -208,21 +216,25 @@ class CoordinatorMachine:
             raise OutOfOrder(sender, "was not asked in this phase")
         envelope = parse(message, sender)
         if (earlier := self._epoch.settled.get(sender)) is not None:
-            # Whatever carries the signature of the counted reply is a repetition of it, or a forgery: ignored.
-            if earlier == envelope.signature:
+            # Whatever carries the proof of the counted reply is a repetition of it, or a forgery: ignored.
+            if earlier == envelope.proof:
                 return
             raise OutOfOrder(sender, "sent two different replies in one phase")
-        verify(envelope, self._directory)
         p = self.parameters
         round_id = 0 if self.state in _SETUP else self._epoch.round
-        if envelope.type == REFUSAL:
-            expect(envelope, REFUSAL, p.session, p.epoch, round_id)
-            code, reason = envelope.body["code"], envelope.body["reason"]
-            self._epoch.faults.append(Fault(sender, "refusal", code, reason))
+        due = REFUSAL if envelope.type == REFUSAL else EXPECTED[self.state]
+        expect(envelope, due, p.session, p.epoch, round_id)
+        if due in WITH_MAC:
+            request, key = self._epoch.outbound[sender], self._epoch.reply_keys[sender]
+            verify_reply(envelope, key, request, self._epoch.context)
+        else:
+            verify(envelope, self._directory)
+        if due == REFUSAL:
+            body = envelope.body
+            self._epoch.note(Fault(sender, "refusal", body["code"], body["reason"], body["accused"]))
             return
-        expect(envelope, EXPECTED[self.state], p.session, p.epoch, round_id)
         self._accept(envelope)
-        self._epoch.settled[sender] = envelope.signature
+        self._epoch.settled[sender] = envelope.proof
 
     def _accept(self, envelope: Envelope) -> None:
         """Check a reply and keep it; of an upload only its part of the sum."""
@@ -293,11 +305,12 @@ class CoordinatorMachine:
     # -- storing
 
     def export_state(self) -> bytes:
-        """Everything needed to go on after a crash; public data. Save it before messages leave."""
+        """Everything needed to go on after a crash. Save it before messages leave. SECRET: with the reply keys in it
+        replies can be forged to this coordinator (not read)."""
         return dump(self.state, self._min_cohort, self._release, self._epoch)
 
     @classmethod
-    def restore(cls, state: bytes, directory: Directory) -> CoordinatorMachine:
+    def restore(cls, state: bytes, directory: Directory, rng: Rng = os.urandom) -> CoordinatorMachine:
         """The machine that exported `state`, in the same phase: go on with `pending()` or `driver.resume`.
 
         Raises `CorruptState` for damaged bytes.
@@ -314,6 +327,7 @@ class CoordinatorMachine:
                 rounds=p.rounds,
                 ring_bits=p.ring_bits,
                 release=release,
+                rng=rng,
             )
         except (BadParameters, TypeError) as error:
             raise CorruptState(f"coordinator state holds parameters no session runs with: {error}") from None
@@ -330,9 +344,9 @@ class CoordinatorMachine:
     def _abort(self, error: ProtocolError) -> Aborted:
         phase, in_round = self.state.value, self.state not in _SETUP
         state = coordinator_next(self.state, "abort")
-        culprits = (
-            (error.sender,) if isinstance(error, RemoteMisbehaviour) and error.sender != COORDINATOR else ()
-        )
+        culprits, disputes = accusations(self._epoch) if self.state is CoordinatorState.ACKS else ((), ())
+        if isinstance(error, RemoteMisbehaviour) and error.sender != COORDINATOR:
+            culprits = (error.sender,)
         outcome = Aborted(
             phase,
             self._epoch.round if in_round else 0,
@@ -340,6 +354,7 @@ class CoordinatorMachine:
             str(error),
             culprits,
             tuple(self._epoch.faults),
+            disputes,
         )
         if in_round:
             self._close_round(state)

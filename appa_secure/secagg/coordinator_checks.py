@@ -1,13 +1,22 @@
-"""What the coordinator verifies: a client's signed reply before it counts, naming the sender, and whether enough
-clients are left.
+"""What the coordinator verifies: what a client's reply says before it counts, naming the sender, and whether enough
+clients are left. And whom accusations of the set-up, which it cannot verify, are held against.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 from .coordinator_store import CoordinatorEpoch
-from .errors import BadEncoding, BelowThreshold, CohortTooSmall, LayoutMismatch, ReleaseRefused, WrongRoster
+from .errors import (
+    BadEncoding,
+    BadShare,
+    BelowThreshold,
+    CohortTooSmall,
+    LayoutMismatch,
+    ReleaseRefused,
+    WrongRoster,
+)
 from .fixedpoint import Coding
 from .keys import COORDINATOR, KEY_BYTES, Directory
 from .opening import TAG_BYTES
@@ -46,6 +55,34 @@ def check_ready(envelope: Envelope, epoch: CoordinatorEpoch, directory: Director
     row = KEY_BYTES * len(epoch.graph.peers[sender]) + TAG_BYTES
     if len(envelope.body["table"]) != p.rounds * row:
         raise BadEncoding(sender, "table does not hold one sealed pair seed per peer and round")
+
+
+def accusations(epoch: CoordinatorEpoch) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """(culprits, disputes) of share packets that did not open, from the refusals of the present phase.
+
+    Only its holder can tell whether a packet opens. More accusers than there are corrupt clients have an honest one among
+    them, so whom they accuse is a culprit. Of other accusers and accused one lies: they are paired off, nobody twice
+    (player elimination: Hirt, Maurer and Przydatek, ASIACRYPT 2000), so that leaving pairs out costs no more honest
+    clients than liars.
+    """
+    dealers = frozenset(epoch.dealers)
+    blamed: dict[str, str] = {}  # accuser -> accused; a client has one say
+    for fault in epoch.phase_faults:
+        if (
+            fault.kind == "refusal"
+            and fault.code == BadShare.__name__
+            and fault.accused in dealers - {fault.party}
+        ):
+            blamed.setdefault(fault.party, fault.accused)
+    most = max(1, epoch.parameters.sharing.corrupt)
+    culprits = {accused for accused, times in Counter(blamed.values()).items() if times > most}
+    disputes: list[tuple[str, str]] = []
+    out = set(culprits)
+    for accuser, accused in sorted(blamed.items()):
+        if accuser not in out and accused not in out:
+            disputes.append((accuser, accused))
+            out |= {accuser, accused}
+    return tuple(sorted(culprits)), tuple(disputes)
 
 
 def check_upload(envelope: Envelope, coding: Coding, context: bytes) -> None:

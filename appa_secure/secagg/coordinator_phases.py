@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from .coordinator_checks import accusations
 from .coordinator_store import CoordinatorEpoch
 from .errors import BadShare, IllegalEvent
 from .fixedpoint import Coding
-from .keys import COORDINATOR
+from .keys import COORDINATOR, agree
 from .opening import Opening
 from .outcomes import Aggregate, EpochReady, Fault
 from .roster import Roster, check_bundle
+from .schedule import reply_key
 from .wire import CLOSE, PROPOSE, ROSTER, ROUND, START, UNMASK, parse, seal
 
 Messages = dict[str, bytes]
@@ -27,6 +31,7 @@ def proposals(epoch: CoordinatorEpoch) -> Messages:
         "threshold": p.threshold,
         "rounds": p.rounds,
         "ring_bits": p.ring_bits,
+        "coordinator_key": p.coordinator_key,
     }
     return dict.fromkeys(p.clients, _seal(epoch, PROPOSE, 0, body))
 
@@ -59,11 +64,18 @@ def starts(epoch: CoordinatorEpoch) -> Messages:
 
 
 def keep_setup(epoch: CoordinatorEpoch) -> EpochReady:
-    """Keep acknowledgements and tables: rounds may begin."""
+    """Keep acknowledgements and tables, agree on the reply key with every dealer: rounds may begin."""
+    p, private = epoch.parameters, X25519PrivateKey.from_private_bytes(epoch.private)
+    for name in epoch.dealers:
+        shared = agree(private, roster_of(epoch).bundle(name).encryption_key)
+        epoch.reply_keys[name] = reply_key(shared, epoch.transcript, p, name)
+    epoch.private = b""
     for name, envelope in epoch.inbox.items():
         epoch.acks[name], epoch.tables[name] = envelope.body["ack"], envelope.body["table"]
-    absent = tuple(name for name in epoch.parameters.clients if name not in epoch.holders)
-    return EpochReady(epoch.parameters.epoch, epoch.dealers, absent, epoch.transcript, tuple(epoch.faults))
+    absent = tuple(name for name in p.clients if name not in epoch.holders)
+    culprits, disputes = accusations(epoch)
+    faults = tuple(epoch.faults)
+    return EpochReady(p.epoch, epoch.dealers, absent, epoch.transcript, faults, culprits, disputes)
 
 
 def round_requests(epoch: CoordinatorEpoch) -> Messages:

@@ -1,29 +1,33 @@
-"""The coordinator's state of one epoch and its encoding. Public data only: bundles, signed messages, sealed tables,
-a sum of masked vectors.
+"""The coordinator's state of one epoch and its encoding: bundles, signed messages, sealed tables, a sum of masked
+vectors. Public data, but for the keys that clients' replies are authenticated with: whoever has them can forge replies to
+this coordinator, and reads nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from . import cbor
+from .client_store import dump_parameters, load_parameters, load_roster
 from .errors import CorruptState, ProtocolError
 from .fixedpoint import Layout
 from .graph import SharingGraph
-from .keys import COORDINATOR, Directory
+from .keys import Directory
 from .masks import RingVector, ring_dtype
 from .outcomes import Fault
 from .policy import EpochParameters
-from .roster import Roster, open_bundle
+from .roster import Roster
 from .states import CoordinatorState
-from .wire import Envelope, named_sender, parse
+from .wire import Envelope, parse
 
-STATE_VERSION = 2
+STATE_VERSION = 3
+FAULTS_KEPT = 4  # of one kind and party in one phase
+TEXT_KEPT = 1000  # characters of what a party says of itself
 
 
 @dataclass
@@ -31,6 +35,8 @@ class CoordinatorEpoch:
     """What the coordinator remembers of an epoch and of its open round and phase."""
 
     parameters: EpochParameters
+    private: bytes = field(default=b"", repr=False)  # X25519; emptied once the reply keys are made
+    reply_keys: dict[str, bytes] = field(default_factory=dict, repr=False)  # dealer -> what authenticates it
     roster: Roster | None = None
     holders: dict[str, tuple[str, ...]] = field(default_factory=dict)  # dealer -> who holds its shares
     digests: dict[tuple[str, str], bytes] = field(
@@ -46,7 +52,7 @@ class CoordinatorEpoch:
     survivors: tuple[str, ...] = ()
     faults: list[Fault] = field(default_factory=list)
     outbound: dict[str, bytes] = field(default_factory=dict)  # of the current phase
-    settled: dict[str, bytes] = field(default_factory=dict)  # sender -> signature of its reply in this phase
+    settled: dict[str, bytes] = field(default_factory=dict)  # sender -> proof of its reply in this phase
     inbox: dict[str, Envelope] = field(default_factory=dict)  # valid replies of this phase, but for uploads
     earlier_faults: int = 0  # how many of `faults` are from earlier phases
 
@@ -68,20 +74,42 @@ class CoordinatorEpoch:
     def phase_faults(self) -> list[Fault]:
         return self.faults[self.earlier_faults :]
 
+    def note(self, fault: Fault) -> None:
+        """Remember what went wrong. Of one kind and party the first few of a phase are kept and the others counted in the
+        last, so that nobody fills the coordinator's memory; all strangers count as one party."""
+        known = fault.party if fault.party in self.parameters.clients else ""
+        mine = [
+            i
+            for i in range(self.earlier_faults, len(self.faults))
+            if self.faults[i].kind == fault.kind
+            and (
+                self.faults[i].party == known
+                or not (known or self.faults[i].party in self.parameters.clients)
+            )
+        ]
+        if len(mine) < FAULTS_KEPT:
+            texts = {
+                name: getattr(fault, name)[:TEXT_KEPT] for name in ("party", "code", "reason", "accused")
+            }
+            self.faults.append(replace(fault, **texts))
+        else:
+            self.faults[mine[-1]] = replace(self.faults[mine[-1]], more=self.faults[mine[-1]].more + 1)
+
     def begin_phase(self, outbound: dict[str, bytes]) -> None:
         self.outbound, self.settled, self.inbox = outbound, {}, {}
         self.earlier_faults = len(self.faults)
 
 
 def dump(state: CoordinatorState, min_cohort: int, release: str, epoch: CoordinatorEpoch) -> bytes:
-    p = epoch.parameters
     return cbor.encode(
         {
             "version": STATE_VERSION,
             "state": state.value,
             "min_cohort": min_cohort,
             "release": release,
-            "parameters": [p.session, p.epoch, list(p.clients), p.threshold, p.rounds, p.ring_bits],
+            "parameters": dump_parameters(epoch.parameters),
+            "private": epoch.private,
+            "reply_keys": epoch.reply_keys,
             "bundles": [bundle.raw for bundle in epoch.roster.bundles] if epoch.roster else [],
             "holders": {dealer: list(row) for dealer, row in epoch.holders.items()},
             "digests": [[dealer, holder, value] for (dealer, holder), value in epoch.digests.items()],
@@ -93,7 +121,7 @@ def dump(state: CoordinatorState, min_cohort: int, release: str, epoch: Coordina
             "context": epoch.context,
             "total": [] if epoch.total is None else [epoch.total.tobytes()],
             "survivors": list(epoch.survivors),
-            "faults": [[f.party, f.kind, f.code, f.reason] for f in epoch.faults],
+            "faults": [[f.party, f.kind, f.code, f.reason, f.accused, f.more] for f in epoch.faults],
             "outbound": epoch.outbound,
             "settled": epoch.settled,
             "inbox": {name: envelope.raw for name, envelope in epoch.inbox.items()},
@@ -127,15 +155,13 @@ def load(data: bytes, directory: Directory) -> tuple[CoordinatorState, int, Any,
 
 
 def _load(fields: Mapping[str, Any], directory: Directory) -> CoordinatorEpoch:
-    session, number, clients, threshold, rounds, ring_bits = fields["parameters"]
-    parameters = EpochParameters(session, number, tuple(clients), threshold, rounds, ring_bits)
-    bundles = [
-        open_bundle(raw, named_sender(raw, COORDINATOR), parameters, directory) for raw in fields["bundles"]
-    ]
+    parameters = load_parameters(fields["parameters"])
     layout = fields["layout"]
     return CoordinatorEpoch(
         parameters=parameters,
-        roster=Roster(parameters, tuple(bundles)) if bundles else None,
+        private=fields["private"],
+        reply_keys=dict(fields["reply_keys"]),
+        roster=load_roster(parameters, fields["bundles"], directory),
         holders={dealer: tuple(row) for dealer, row in fields["holders"].items()},
         digests={(dealer, holder): value for dealer, holder, value in fields["digests"]},
         tables=dict(fields["tables"]),
@@ -144,7 +170,9 @@ def _load(fields: Mapping[str, Any], directory: Directory) -> CoordinatorEpoch:
         round=fields["round"],
         layout=Layout.from_description(layout[1], layout[0], layout[2]) if layout else None,
         context=fields["context"],
-        total=np.frombuffer(fields["total"][0], ring_dtype(ring_bits)).copy() if fields["total"] else None,
+        total=np.frombuffer(fields["total"][0], ring_dtype(parameters.ring_bits)).copy()
+        if fields["total"]
+        else None,
         survivors=tuple(fields["survivors"]),
         faults=[Fault(*fault) for fault in fields["faults"]],
         outbound=dict(fields["outbound"]),

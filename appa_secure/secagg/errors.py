@@ -72,6 +72,10 @@ class BadSignature(RemoteMisbehaviour):
     """The signature does not verify under the directory's key for the sender."""
 
 
+class BadMac(RemoteMisbehaviour):
+    """An upload or answer that is not authenticated under the client's reply key, or not for the request that was sent."""
+
+
 class UnknownParty(RemoteMisbehaviour):
     """A party that the provisioned directory does not list."""
 

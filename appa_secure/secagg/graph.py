@@ -47,7 +47,7 @@ class Sharing:
     A roster has at least `quorum` clients, and a client wants `acks` signatures under its own transcript: so many
     that no other transcript can have as many (2 acks > n + c), or the coordinator could give a client's holders
     another list of dealers than the client, who then masks with none of them. Except with probability 2^-40 no sum
-    over fewer than `smallest_group` honest clients comes out.
+    over fewer than `smallest_group` honest clients comes out. All this stands `corrupt` clients.
     """
 
     degree: int
@@ -55,11 +55,13 @@ class Sharing:
     quorum: int
     acks: int
     smallest_group: int
+    corrupt: int
 
 
 def complete(parties: int, threshold: int) -> Sharing:
     """Everybody holds shares of everybody, t of n. An opened sum has t - c honest parties or more, c < 2t - n."""
-    return Sharing(parties - 1, threshold, threshold, threshold, parties - threshold + 1)
+    corrupt = 2 * threshold - parties - 1
+    return Sharing(parties - 1, threshold, threshold, threshold, parties - threshold + 1, corrupt)
 
 
 @lru_cache(maxsize=64)
@@ -83,7 +85,7 @@ def sparse(parties: int, corrupt: float = CORRUPT, dropout: float = DROPOUT) -> 
             continue
         group = smallest_group(parties, quorum, adversary, degree, threshold)
         if group > 1:
-            return Sharing(degree, threshold, quorum, (parties + adversary) // 2 + 1, group)
+            return Sharing(degree, threshold, quorum, (parties + adversary) // 2 + 1, group, adversary)
     raise BadParameters(
         f"no sharing graph of {parties} clients stands {corrupt:.0%} corrupt and {dropout:.0%} missing"
     )
@@ -148,23 +150,26 @@ def choose_holders(names: Sequence[str], own: str, degree: int, rng: Rng) -> tup
 class SharingGraph:
     """The edges as the coordinator sees them. Everything is by client id.
 
-    `holders[d]`: who holds shares of dealer d, in id order; the i-th of them (from 1) has Shamir point i.
-    `wards[h]`: the dealers whose shares h holds, in id order. `slots[d]`: for every holder of d, the place of d
-    among that holder's wards. `peers[a]`: with whom a exchanges masks.
+    `holders[d]`: who holds shares of dealer d, in id order, for all dealers as many; the i-th of them (from 1) has
+    Shamir point i. `wards[h]`: the dealers whose shares h holds, in id order. `peers[a]`: with whom a exchanges masks.
+    As arrays: `row[d]` is the row of dealer d in `places` and `slots`, both (dealers, holders): the row of each holder
+    (-1 for one that is out of the epoch), and the place of d among its wards.
     """
 
     def __init__(self, holders: Mapping[str, tuple[str, ...]]) -> None:
         self.holders = dict(sorted(holders.items()))
         self.dealers = tuple(self.holders)
+        self.row = {name: i for i, name in enumerate(self.dealers)}
         held: dict[str, list[str]] = {name: [] for name in self.dealers}
-        slots: dict[str, list[int]] = {name: [] for name in self.dealers}
+        slots: list[list[int]] = [[] for _ in self.dealers]
         for dealer, row in self.holders.items():
             for holder in row:
                 of_holder = held.get(holder, [])  # who has not dealt is out of the epoch and never answers
-                slots[dealer].append(len(of_holder))
+                slots[self.row[dealer]].append(len(of_holder))
                 of_holder.append(dealer)
         self.wards = {name: tuple(row) for name, row in held.items()}
-        self.slots = {name: tuple(row) for name, row in slots.items()}
+        self.places = np.array([[self.row.get(name, -1) for name in row] for row in self.holders.values()])
+        self.slots = np.array(slots)
         self.peers = {
             name: tuple(sorted((set(row) | set(self.holders[name]) & held.keys()) - {name}))
             for name, row in held.items()

@@ -35,7 +35,7 @@ Rng = Callable[[int], bytes]
 """Source of randomness: `rng(n)` returns n uniformly random bytes. `os.urandom` outside tests."""
 
 KEY_BYTES = 32
-VERSION = 2
+VERSION = 3
 COORDINATOR = "coordinator"
 MAX_ID_BYTES = 64
 

@@ -2,9 +2,9 @@
 
 Only secrets of the one round are ever rebuilt, in this order: the answer keys of the survivors that answered and the
 mask keys of the dropped parties, from shares in clear; with the answer keys the sealed parts of the answers; from
-those the self-mask seeds of all survivors. Each secret is checked against its owner's commitment. On a mismatch the
-shares of that secret are compared with the digests their dealer signed: shares that differ are their holder's fault
-and are left out; if all agree and still no secret comes out, the dealer dealt badly.
+those the self-mask seeds of all survivors. All shares that were handed in are checked to be consistent, needed or not,
+and each secret against its owner's commitment. On a mismatch the shares of that secret are compared with the digests
+their dealer signed: shares that differ are their holder's fault and are left out; if all agree, the dealer dealt badly.
 
 The pair seeds of a dropped party come from its own table, which its mask key opens: no key agreement. Each is
 compared with what the survivor at the other end says of it. Where they differ, or the survivor fell silent, the mask
@@ -13,10 +13,10 @@ key gives the true seed by X25519, and tells who lied. So the outcome is the exa
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -28,7 +28,7 @@ from . import shamir
 from .errors import BadEncoding, BadShare, BelowThreshold, RemoteMisbehaviour
 from .fixedpoint import Coding
 from .graph import SharingGraph
-from .keys import COORDINATOR, KEY_BYTES, agree, x25519_public
+from .keys import COORDINATOR, KEY_BYTES, Rng, agree, x25519_public
 from .masks import RingVector, apply_masks, mask_key
 from .roster import Roster
 from .schedule import (
@@ -69,6 +69,7 @@ class Opening:
     digests: Mapping[tuple[str, str], bytes]
     tables: Mapping[str, bytes]
     culprits: dict[str, str] = field(default_factory=dict)  # client -> what it did
+    rng: Rng = os.urandom
 
     def check(self, answer: Envelope) -> Shares:
         """The shares in clear of an answer, (wards, 9); raises `BadEncoding` when a field has a wrong size."""
@@ -104,7 +105,7 @@ class Opening:
 
     def _secrets(self, answers: Mapping[str, Envelope]) -> tuple[dict[str, bytes], dict[str, bytes]]:
         """(self-mask seeds of the survivors, mask keys of the dropped)."""
-        kinds = {**dict.fromkeys(answers, ANSWER_KEY), **dict.fromkeys(self.dropped, MASK_KEY)}
+        kinds = {**dict.fromkeys(self.survivors, ANSWER_KEY), **dict.fromkeys(self.dropped, MASK_KEY)}
         found, failed = self._reconstruct(kinds, {name: self.check(e) for name, e in answers.items()})
         self._require(self.dropped, failed)
         sealed = {
@@ -144,74 +145,66 @@ class Opening:
     ) -> tuple[dict[str, bytes], dict[str, RemoteMisbehaviour]]:
         """Secrets by owner, and for the owners without one the reason. `kinds[owner]` says which of its secrets;
         `shares[holder]` has a row for each ward."""
-        graph, threshold = self.graph, self.roster.parameters.sharing.threshold
-        starts = dict(zip(shares, np.cumsum([0, *map(len, shares.values())]).tolist(), strict=False))
-        pool = np.concatenate(list(shares.values())) if shares else np.zeros((0, shamir.LIMBS), np.uint32)
+        graph, threshold, owners = self.graph, self.roster.parameters.sharing.threshold, list(kinds)
+        starts, count = (
+            np.full(len(graph.dealers) + 1, -1),
+            0,
+        )  # the last for holders that are out of the epoch
+        for holder, block in shares.items():
+            starts[graph.row[holder]] = count
+            count += len(block)
+        pool = np.concatenate([*shares.values(), np.zeros((1, shamir.LIMBS), np.uint32)])
+        rows = [graph.row[owner] for owner in owners]
+        first = starts[graph.places[rows]].reshape(len(owners), -1)
+        present = first >= 0
+        values = pool[
+            np.where(present, first + graph.slots[rows].reshape(first.shape), count)
+        ]  # (owners, H, 9)
+
         secrets: dict[str, bytes] = {}
         failed: dict[str, RemoteMisbehaviour] = {}
-        bad: set[tuple[str, str]] = set()
-        pending = list(kinds)
-        while pending:
-            owners, points, rows = [], [], []
-            for owner in pending:
-                usable = (
-                    (i, starts[holder] + slot)
-                    for i, (holder, slot) in enumerate(
-                        zip(graph.holders[owner], graph.slots[owner], strict=True), start=1
-                    )
-                    if holder in starts and (owner, holder) not in bad
-                )
-                chosen = list(islice(usable, threshold))
-                if len(chosen) < threshold:
-                    failed[owner] = BelowThreshold(
-                        COORDINATOR,
-                        f"{len(chosen)} usable answers, the threshold is {threshold}; nothing was opened",
-                    )
-                    continue
-                owners.append(owner)
-                points.append([point for point, _ in chosen])
-                rows.append([row for _, row in chosen])
-            pending = []
-            if not owners:
-                break
-            found = shamir.combine(np.array(points), pool[np.array(rows)])
-            for owner, secret in zip(owners, found, strict=True):
-                if secret is not None and self._is_committed(owner, kinds[owner], secret):
-                    secrets[owner] = secret
-                elif liars := self._wrong_holders(owner, kinds[owner], shares, bad):
-                    bad |= {(owner, holder) for holder in liars}
-                    self.culprits |= dict.fromkeys(liars, "handed in shares it was not dealt")
-                    pending.append(owner)
+        pending = list(range(len(owners)))
+        doubtful = np.flatnonzero(~shamir.consistent(present, values, threshold, self.rng)).tolist()
+        for _ in range(2):  # once more for those whose wrong shares showed in the secret only
+            for i in doubtful:
+                self._drop_wrong_shares(owners[i], kinds[owners[i]], present[i], values[i])
+            usable = present.sum(axis=1)
+            for i in pending:
+                if usable[i] < threshold:
+                    reason = f"{usable[i]} usable answers, the threshold is {threshold}; nothing was opened"
+                    failed[owners[i]] = BelowThreshold(COORDINATOR, reason)
+            pending = [i for i in pending if usable[i] >= threshold]
+            chosen = np.argsort(~present[pending], axis=1, kind="stable")[:, :threshold]
+            found = shamir.combine(chosen + 1, np.take_along_axis(values[pending], chosen[:, :, None], 1))
+            doubtful = []
+            for i, secret in zip(pending, found, strict=True):
+                if secret is not None and self._is_committed(owners[i], kinds[owners[i]], secret):
+                    secrets[owners[i]] = secret
                 else:
-                    reason = (
-                        f"round {self.round_id}: the shares it dealt do not give the secret it committed to"
-                    )
-                    self.culprits[owner] = reason
-                    failed[owner] = BadShare(owner, reason)
+                    doubtful.append(i)
+            pending = doubtful
+        for i in pending:
+            reason = f"round {self.round_id}: the shares it dealt do not give the secret it committed to"
+            self.culprits[owners[i]] = reason
+            failed[owners[i]] = BadShare(owners[i], reason)
         return secrets, failed
 
     def _is_committed(self, owner: str, kind: int, secret: bytes) -> bool:
         expected = self.roster.bundle(owner).commitment(self.round_id, kind)
         return secret_commitment(self.roster.parameters, owner, self.round_id, kind, secret) == expected
 
-    def _wrong_holders(
-        self, owner: str, kind: int, shares: Mapping[str, Shares], known: set[tuple[str, str]]
-    ) -> list[str]:
-        return [
-            holder
-            for holder, slot in zip(self.graph.holders[owner], self.graph.slots[owner], strict=True)
-            if holder in shares
-            and (owner, holder) not in known
-            and not share_matches(
-                self.roster.parameters,
-                owner,
-                holder,
-                self.digests[owner, holder],
-                self.round_id,
-                kind,
-                shamir.pack(shares[holder][slot]),
-            )
-        ]
+    def _drop_wrong_shares(self, owner: str, kind: int, present: NDArray[np.bool_], values: Shares) -> None:
+        """Leave out, and name, who handed in another share than its signed digest says; if nobody did, the dealer's own
+        shares do not belong together."""
+        p, r = self.roster.parameters, self.round_id
+        honest = True
+        for i in np.flatnonzero(present):
+            holder, share = self.graph.holders[owner][i], shamir.pack(values[i])
+            if not share_matches(p, owner, holder, self.digests[owner, holder], r, kind, share):
+                self.culprits[holder] = "handed in shares it was not dealt"
+                present[i] = honest = False
+        if honest:
+            self.culprits[owner] = "dealt shares that do not belong together"
 
     def _pair_seeds(
         self, gone: str, mask_private: bytes, answers: Mapping[str, Envelope]

@@ -16,12 +16,15 @@ from .masks import RingVector
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that went wrong with one party, with its reason."""
+    """One thing that went wrong with one party, with its reason. `accused`: whom a refusal blames. `more`: further ones of
+    this kind and party in the same phase, which were counted and not kept."""
 
     party: str
     kind: Literal["refusal", "misbehaviour", "silence"]
     code: str
     reason: str
+    accused: str = ""
+    more: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,16 @@ class Continue:
 
 @dataclass(frozen=True)
 class EpochReady:
-    """Rounds may begin. `absent`: clients of the proposal that are not in the roster."""
+    """Rounds may begin. `absent`: clients of the proposal that are not in the roster. `culprits`, `disputes`: as in
+    `Aborted`; rounds can be opened with them all the same."""
 
     epoch: int
     roster: tuple[str, ...]
     absent: tuple[str, ...]
     transcript: bytes
     faults: tuple[Fault, ...]
+    culprits: tuple[str, ...] = ()
+    disputes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,10 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class Aborted:
-    """Nothing was opened. `round` is 0 for set-up; `culprits` names the parties the abort is due to, where
-    known.
+    """Nothing was opened. `round` is 0 for set-up; `culprits` names the parties the abort is due to, where known.
+
+    `disputes`: pairs (accuser, accused) of set-up, no party in two of them. One of the two lies, and nobody can see
+    which. Whoever leaves out both, and the culprits, loses at most one honest party per liar.
     """
 
     phase: str
@@ -71,6 +79,7 @@ class Aborted:
     reason: str
     culprits: tuple[str, ...]
     faults: tuple[Fault, ...]
+    disputes: tuple[tuple[str, str], ...] = ()
 
 
 Outcome = Continue | EpochReady | Aggregate | Aborted

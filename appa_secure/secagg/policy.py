@@ -21,7 +21,7 @@ from typing import Literal, get_args
 from .errors import BadParameters, CohortTooSmall, PolicyViolation, UnknownParty
 from .fixedpoint import Layout
 from .graph import COMPLETE_UP_TO, CORRUPT, Sharing, complete, sparse
-from .keys import COORDINATOR, Directory, check_id, digest
+from .keys import COORDINATOR, KEY_BYTES, LOW_ORDER, Directory, check_id, digest
 from .wire import Envelope, check_session
 
 Release = Literal["abort", "noise", "recover"]
@@ -66,12 +66,15 @@ def fewest_honest(parties: int, threshold: int, release: Release, colluders: int
 
 @dataclass(frozen=True)
 class EpochParameters:
-    """One epoch as proposed. `clients` is sorted; `threshold` shares open a secret; ring of 32 or 64 bits."""
+    """One epoch as proposed. `clients` is sorted; `threshold` shares open a secret; ring of 32 or 64 bits.
+    `coordinator_key`: X25519 public key of the coordinator for this epoch, which uploads and answers are authenticated
+    with."""
 
     session: bytes
     epoch: int
     clients: tuple[str, ...]
     threshold: int
+    coordinator_key: bytes
     rounds: int = DEFAULT_ROUNDS
     ring_bits: int = 64
 
@@ -92,6 +95,10 @@ class EpochParameters:
             raise BadParameters(f"{self.rounds} rounds per epoch: needs 1..{MAX_ROUNDS}")
         if self.ring_bits not in (32, 64):
             raise BadParameters(f"ring_bits {self.ring_bits}: use 32 or 64")
+        if len(self.coordinator_key) != KEY_BYTES:
+            raise BadParameters(f"coordinator_key has {len(self.coordinator_key)} bytes, needs {KEY_BYTES}")
+        if self.coordinator_key in LOW_ORDER:
+            raise BadParameters("coordinator_key is a low-order point: everybody would know the reply keys")
 
     @cached_property
     def sharing(self) -> Sharing:
@@ -108,7 +115,15 @@ class EpochParameters:
 
     @cached_property
     def _digest(self) -> bytes:  # every bundle is compared with it
-        head = digest("proposal", self.session, self.epoch, self.threshold, self.rounds, self.ring_bits)
+        head = digest(
+            "proposal",
+            self.session,
+            self.epoch,
+            self.threshold,
+            self.rounds,
+            self.ring_bits,
+            self.coordinator_key,
+        )
         return digest("proposal-clients", head, *self.clients)
 
 
@@ -159,6 +174,7 @@ class ClientPolicy:
                 proposal.epoch,
                 tuple(body["clients"]),
                 body["threshold"],
+                body["coordinator_key"],
                 body["rounds"],
                 body["ring_bits"],
             )

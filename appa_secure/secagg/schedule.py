@@ -87,6 +87,12 @@ def noise_key(
     return expand(secret, info)
 
 
+def reply_key(shared: bytes, transcript: bytes, parameters: EpochParameters, client: str) -> bytes:
+    """Key under which a client's uploads and answers of one epoch are authenticated to the coordinator, from the X25519
+    secret of the client's encryption key and the coordinator's key in the proposal."""
+    return derive(shared, transcript, bind("reply-key", parameters.session, parameters.epoch, client))
+
+
 def share_key(shared: bytes, roster: bytes, parameters: EpochParameters, dealer: str, holder: str) -> bytes:
     """AEAD key for the share packet from `dealer` to `holder`; one per direction."""
     return derive(shared, roster, bind("share-key", parameters.session, parameters.epoch, dealer, holder))

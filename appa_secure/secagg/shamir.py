@@ -63,6 +63,36 @@ def combine(points: NDArray[np.int64], shares: NDArray[np.uint32]) -> list[bytes
     return _from_limbs((terms.sum(axis=1) % _P).astype(np.uint32))
 
 
+def consistent(
+    present: NDArray[np.bool_], shares: NDArray[np.uint32], threshold: int, rng: Rng
+) -> NDArray[np.bool_]:
+    """(S,) whether all shares of a secret lie on one polynomial of degree below `threshold`, in one pass over them.
+
+    `shares` is (S, H, 9), column i belonging to the point i + 1; where `present` (S, H) is false it may hold anything.
+    Shares on such a polynomial are orthogonal to every word (m(x_i) / prod_(j != i) (x_i - x_j))_i, m of degree below
+    N - t for N present shares. Others are so to a random word with probability 1/p (Cascudo and David, SCRAPE, ACNS
+    2017, Lemma 1), drawn after they were handed in. More than N - t shares that were changed in concert can pass.
+    """
+    rows, width = present.shape
+    spare = present.sum(axis=1) - threshold
+    if not rows or spare.max() < 1:
+        return np.ones(rows, np.bool_)
+    x = np.arange(1, width + 1, dtype=np.uint64)
+    coefficients = _uniform((int(spare.max()), rows), rng)
+    coefficients[np.arange(len(coefficients))[:, None] >= spare] = 0
+    word = np.zeros((rows, width), np.uint64)
+    for row in coefficients[::-1]:
+        word = (word * x + row[:, None]) % _P
+    word = word * _dual(width) % _P
+    # The dual weights are for all points; a missing one's factor comes out again, and leaves its own place zero.
+    absent = np.argsort(present, axis=1, kind="stable")[:, : width - int(present.sum(axis=1).min())]
+    for column in absent.T:
+        factor = x + _P - (column[:, None] + 1).astype(np.uint64)
+        word = word * np.where(present[np.arange(rows), column][:, None], np.uint64(1), factor % _P) % _P
+    terms = word[:, :, None] * shares.astype(np.uint64) % _P
+    return np.asarray((terms.sum(axis=1) % _P == 0).all(axis=1))
+
+
 def pack(shares: NDArray[np.uint32]) -> bytes:
     """Shares as little-endian bytes, 36 per secret."""
     return shares.astype("<u4", copy=False).tobytes()
@@ -93,6 +123,16 @@ def _lagrange(points: bytes, threshold: int) -> NDArray[np.uint64]:
         above = above * np.where(other, point, np.uint64(1)) % _P
         below = below * np.where(other, point + _P - x, np.uint64(1)) % _P
     return above * _inverse(below) % _P
+
+
+@lru_cache(maxsize=8)
+def _dual(width: int) -> NDArray[np.uint64]:
+    """1 / prod_(j != i) (x_i - x_j) mod p for the points 1..width."""
+    x = np.arange(1, width + 1, dtype=np.uint64)
+    product = np.ones_like(x)
+    for i, point in enumerate(x):
+        product = product * np.where(np.arange(width) == i, np.uint64(1), x + _P - point) % _P
+    return _inverse(product)
 
 
 def _inverse(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

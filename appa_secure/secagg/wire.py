@@ -1,28 +1,36 @@
 """Messages on the wire.
 
-A message is the canonical CBOR array [payload, signature]. The payload is the canonical CBOR map {version,
-type, session, epoch, round, sender, body}; the signature is Ed25519 over bind("message", SHA-256(payload)),
-so it covers every field of the envelope. Bodies have a fixed set of fields per type (`BODIES`).
+A message is the canonical CBOR array [payload, proof]. The payload is the canonical CBOR map {version, type,
+session, epoch, round, sender, body}. Bodies have a fixed set of fields per type (`BODIES`). The proof says who wrote
+the payload, every field of it:
 
-Client messages are signed. Coordinator messages carry an empty signature: the coordinator is not trusted, a
-client acts on nothing in them that it has not checked against signed client messages or its own policy, so
-whoever forges one is no stronger than a dishonest coordinator. Confidentiality towards the network is the
-transport's (TLS).
+- of what other clients read, or what must be shown to others later (set-up, refusals): Ed25519 over
+  bind("message", SHA-256(payload));
+- of uploads and answers, which only the coordinator reads, and which are on the path of every round: HMAC-SHA256
+  under a key that this client and the coordinator agreed on in the set-up. It covers the request that is answered and
+  the round's context too (`reply_mac`);
+- of the coordinator's messages: nothing. The coordinator is not trusted, a client acts on nothing in them that it has
+  not checked against signed client messages or its own policy, so whoever forges one is no stronger than a dishonest
+  coordinator.
+
+Confidentiality towards the network is the transport's (TLS).
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from . import cbor
-from .errors import BadEncoding, BadParameters, BadSignature, UnknownParty, WrongEpoch
+from .errors import BadEncoding, BadMac, BadParameters, BadSignature, UnknownParty, WrongEpoch
 from .keys import COORDINATOR, VERSION, Directory, IdentityKey, bind
 
 SIGNATURE_BYTES = 64
+MAC_BYTES = 32
 MAX_SESSION_BYTES = 64
 
 PROPOSE, BUNDLE = "propose", "bundle"
@@ -31,10 +39,17 @@ START, READY, ACK = "start", "ready", "ack"
 ROUND, UPLOAD = "round", "upload"
 UNMASK, ANSWER = "unmask", "answer"
 CLOSE, REFUSAL = "close", "refusal"
+WITH_MAC = frozenset({UPLOAD, ANSWER})
 
 # Field forms: uint, text, bytes (any length), bytes:N (exactly N), [text], [bytes]
 BODIES: dict[str, dict[str, str]] = {
-    PROPOSE: {"clients": "[text]", "threshold": "uint", "rounds": "uint", "ring_bits": "uint"},
+    PROPOSE: {
+        "clients": "[text]",
+        "threshold": "uint",
+        "rounds": "uint",
+        "ring_bits": "uint",
+        "coordinator_key": "bytes:32",
+    },
     BUNDLE: {
         "proposal": "bytes:32",
         "encryption_key": "bytes:32",
@@ -58,7 +73,7 @@ BODIES: dict[str, dict[str, str]] = {
     UNMASK: {"survivors": "[text]", "dropped": "[text]"},
     ANSWER: {"shares": "bytes", "checks": "bytes", "seeds": "bytes"},
     CLOSE: {},
-    REFUSAL: {"refused": "text", "code": "text", "reason": "text"},
+    REFUSAL: {"refused": "text", "code": "text", "reason": "text", "accused": "text"},
 }
 
 _ENVELOPE = {
@@ -68,7 +83,7 @@ _ENVELOPE = {
 
 @dataclass(frozen=True)
 class Envelope:
-    """A structurally valid message. Its signature has NOT been checked unless `verify` was called on it."""
+    """A structurally valid message. Its proof has NOT been checked unless `verify` or `verify_reply` was called on it."""
 
     type: str
     session: bytes
@@ -77,7 +92,7 @@ class Envelope:
     sender: str
     body: Mapping[str, Any]
     payload: bytes
-    signature: bytes
+    proof: bytes
     raw: bytes
 
 
@@ -90,19 +105,29 @@ def seal(
     body: Mapping[str, Any],
     identity: IdentityKey | None,
 ) -> bytes:
-    """The message as bytes; signed when `identity` is given (clients), unsigned otherwise (coordinator)."""
-    payload = cbor.encode(
-        {
-            "version": VERSION,
-            "type": type_,
-            "session": session,
-            "epoch": epoch,
-            "round": round_id,
-            "sender": sender,
-            "body": body,
-        }
-    )
+    """The message as bytes; signed when `identity` is given (clients), without a proof otherwise (coordinator)."""
+    payload = _payload(type_, session, epoch, round_id, sender, body)
     return cbor.encode([payload, identity.sign(_signed(payload)) if identity else b""])
+
+
+def seal_reply(
+    type_: str, sender: str, body: Mapping[str, Any], request: Envelope, context: bytes, key: bytes
+) -> bytes:
+    """An upload or answer to `request` in a round of `context`, authenticated under the client's reply key."""
+    payload = _payload(type_, request.session, request.epoch, request.round, sender, body)
+    return cbor.encode([payload, reply_mac(key, payload, request.raw, context)])
+
+
+def reply_mac(key: bytes, payload: bytes, request: bytes, context: bytes) -> bytes:
+    """HMAC-SHA256 (RFC 2104) of a reply, of the very request it answers, and of the round's context. So a request that
+    was changed on its way costs the reply, and nobody is blamed for an answer to a question that was not asked."""
+    return hmac.digest(key, bind("reply", _sha256(payload), request_digest(request), context), "sha256")
+
+
+@lru_cache(maxsize=4)  # the same request goes to all clients
+def request_digest(message: bytes) -> bytes:
+    """Names a request: in a client's memory of its replies, and in their authentication."""
+    return _sha256(message)
 
 
 def parse(raw: bytes, sender: str) -> Envelope:
@@ -114,8 +139,8 @@ def parse(raw: bytes, sender: str) -> Envelope:
         if not (
             isinstance(outer, list) and len(outer) == 2 and all(isinstance(part, bytes) for part in outer)
         ):
-            raise BadEncoding(sender, "message is not [payload, signature]")
-        payload, signature = outer
+            raise BadEncoding(sender, "message is not [payload, proof]")
+        payload, proof = outer
         fields = cbor.decode(payload)
     except cbor.NotCanonical as error:
         raise BadEncoding(sender, f"message: {error}") from None
@@ -139,8 +164,9 @@ def parse(raw: bytes, sender: str) -> Envelope:
         raise BadEncoding(
             sender, f"session has {len(fields['session'])} bytes, allowed 1..{MAX_SESSION_BYTES}"
         )
-    if len(signature) != (0 if sender == COORDINATOR else SIGNATURE_BYTES):
-        raise BadEncoding(sender, f"signature has {len(signature)} bytes")
+    due = 0 if sender == COORDINATOR else MAC_BYTES if fields["type"] in WITH_MAC else SIGNATURE_BYTES
+    if len(proof) != due:
+        raise BadEncoding(sender, f"proof of a {fields['type']} message has {len(proof)} bytes, needs {due}")
     return Envelope(
         fields["type"],
         fields["session"],
@@ -149,7 +175,7 @@ def parse(raw: bytes, sender: str) -> Envelope:
         sender,
         body,
         payload,
-        signature,
+        proof,
         raw,
     )
 
@@ -158,8 +184,14 @@ def verify(envelope: Envelope, directory: Directory) -> None:
     """Raise unless the envelope's sender is in the directory and signed it."""
     if envelope.sender not in directory:
         raise UnknownParty(envelope.sender, "not in the provisioned directory")
-    if not directory.verifies(envelope.sender, _signed(envelope.payload), envelope.signature):
+    if not directory.verifies(envelope.sender, _signed(envelope.payload), envelope.proof):
         raise BadSignature(envelope.sender, f"signature on its {envelope.type} message does not verify")
+
+
+def verify_reply(envelope: Envelope, key: bytes, request: bytes, context: bytes) -> None:
+    """Raise unless the holder of `key` wrote this in answer to `request`, in a round of `context`."""
+    if not hmac.compare_digest(reply_mac(key, envelope.payload, request, context), envelope.proof):
+        raise BadMac(envelope.sender, f"its {envelope.type} is not authentic, or answers another request")
 
 
 def expect(envelope: Envelope, type_: str, session: bytes, epoch: int, round_id: int = 0) -> None:
@@ -205,8 +237,28 @@ def check_session(session: bytes) -> None:
         raise BadParameters(f"session id has {len(session)} bytes, allowed 1..{MAX_SESSION_BYTES}")
 
 
+def _payload(
+    type_: str, session: bytes, epoch: int, round_id: int, sender: str, body: Mapping[str, Any]
+) -> bytes:
+    return cbor.encode(
+        {
+            "version": VERSION,
+            "type": type_,
+            "session": session,
+            "epoch": epoch,
+            "round": round_id,
+            "sender": sender,
+            "body": body,
+        }
+    )
+
+
 def _signed(payload: bytes) -> bytes:
-    return bind("message", hashlib.sha256(payload).digest())
+    return bind("message", _sha256(payload))
+
+
+def _sha256(message: bytes) -> bytes:
+    return hashlib.sha256(message).digest()
 
 
 def _check_fields(sender: str, where: str, fields: Mapping[str, Any], forms: Mapping[str, str]) -> None:

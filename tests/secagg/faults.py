@@ -6,8 +6,9 @@ and checks after every phase that ends:
 
 exact     an aggregate is the exact ring sum of what its contributors put in, a lie about one's own vector included;
 named     who did not take part is in the faults, nobody untouched is blamed, and an untouched client that refuses
-          names somebody who was touched;
-alive     while at least threshold parties are untouched and no liar can spoil the step, it succeeds with all of them;
+          names somebody who was touched; whoever handed in a wrong share is a culprit; there is a liar in every
+          disputed pair;
+alive     while every secret has threshold untouched holders and no liar can spoil the step, it succeeds with all of them;
 once      no client ever sends two uploads or two answers in one round.
 """
 
@@ -33,7 +34,7 @@ from appa_secure.secagg import (
     shamir,
 )
 from appa_secure.secagg.wire import Envelope, parse, peek
-from tests.secagg.world import CONTEXT, World, random_vector, reseal
+from tests.secagg.world import CONTEXT, World, random_vector
 
 PHASES = ("propose", "roster", "start", "round", "unmask")
 SETUP = PHASES[:3]
@@ -46,7 +47,7 @@ MAYBE = ("request corrupt", "request cut", "request longer")
 LIES = {
     "propose": ("other keys", "low-order key", "short keys", "other proposal"),
     "roster": ("garbled packets", "wrong digests", "swapped packets", "missing packet", "other seeds"),
-    "start": ("other transcript", "garbled field"),
+    "start": ("other transcript", "garbled field", "false accusation"),
     "round": ("other vector", "noise", "other context", "short vector", "refusal"),
     "unmask": ("wrong shares", "one wrong share", "short answer", "swapped fields", "garbled field"),
 }
@@ -102,7 +103,6 @@ class Trial:
         self.put_in = {name: self.coding.encode(vector) for name, vector in world.vectors.items()}
         outcome = self._play(coordinator.begin_round(round_id, CONTEXT, world.layout), hits)
         clean = set(coordinator.roster) - self.touched
-        threshold = coordinator.parameters.threshold
         if isinstance(outcome, Aggregate):
             self._check_blame(outcome, coordinator.roster)
             assert outcome.round == round_id
@@ -111,13 +111,19 @@ class Trial:
             expected = self.coding.add([self.put_in[name] for name in outcome.contributors])
             np.testing.assert_array_equal(outcome.ring_sum, expected)
             assert not self.spoilers & set(outcome.contributors), "secrets nobody committed to were accepted"
-            self._check_culprits(outcome, threshold, hits)
+            self._check_culprits(outcome, hits)
         else:
             self._check_blame(outcome, coordinator.roster)
             self._check_abort(outcome)
             spoiled = self._spoiled(hits, PHASES[3:]) or self.spoilers
-            assert len(clean) < threshold or spoiled, outcome
+            assert not self._enough(clean) or spoiled, outcome
         return outcome
+
+    def _enough(self, clean: set[str]) -> bool:
+        """Whether these parties alone can upload, and open every secret."""
+        p, graph = self.world.coordinator.parameters, self.world.coordinator._epoch.graph
+        holders = [len(clean.intersection(row)) for row in graph.holders.values()]
+        return len(clean) >= p.threshold and min(holders) >= p.sharing.threshold
 
     def _play(self, step: Continue, hits: Iterable[Hit]) -> Any:
         outcome: Any = step
@@ -213,7 +219,7 @@ class Trial:
             body["mask_keys"] = body["mask_keys"][:-1]
         elif what == "other transcript" and "ack" in body:
             ack = parse(body["ack"], name)
-            body["ack"] = reseal(ack, {"transcript": rng.randbytes(32)}, self.world.identities[name])
+            body["ack"] = self.world.reseal(ack, {"transcript": rng.randbytes(32)})
         elif what in ("other proposal", "other transcript", "other context"):
             body[what.split()[1]] = rng.randbytes(32)
         elif what in ("garbled packets", "wrong digests", "swapped packets", "missing packet"):
@@ -229,11 +235,15 @@ class Trial:
             body["vector"] = body["vector"][:-1]
         elif what == "refusal":
             changes["type"] = "refusal"
-            body = {"refused": "round", "code": "Tired", "reason": "x" * rng.choice([1, 10_000])}
+            text = "x" * rng.choice([1, 10_000])
+            body = {"refused": "round", "code": "Tired", "reason": text, "accused": text}
+        elif what == "false accusation":
+            changes["type"] = "refusal"
+            accused = rng.choice([other for other in self.world.names if other != name])
+            body = {"refused": "start", "code": "BadShare", "reason": f"{accused}: no", "accused": accused}
         elif what in ("wrong shares", "one wrong share"):
             field = _shares_field(body)
-            if what == "wrong shares":
-                self.wrong_answers.add(name)
+            self.wrong_answers.add(name)
             body[field] = _wrong_shares(body[field], what == "wrong shares", rng)
         elif what == "short answer":
             body[_shares_field(body)] = body[_shares_field(body)][: -shamir.SHARE_BYTES]
@@ -243,7 +253,7 @@ class Trial:
             field = rng.choice([f for f in body if body[f]])
             body[field] = rng.randbytes(len(body[field]))
         self.liars.add(name)
-        return reseal(envelope, body, self.world.identities[name], **changes)
+        return self.world.reseal(envelope, body, **changes)
 
     def _packets(self, dealer: str, packets: list[bytes], what: str, rng: random.Random) -> list[bytes]:
         if what == "missing packet":
@@ -258,7 +268,7 @@ class Trial:
                 field = "ciphertext" if what == "garbled packets" else "digests"
                 body[field] = rng.randbytes(len(body[field]))
                 self.touched.add(body["to"])  # it cannot take part, and says whose fault that is
-            changed.append(reseal(envelope, body, self.world.identities[dealer]))
+            changed.append(self.world.reseal(envelope, body))
         return changed
 
     def _shifted(self, name: str, vector: bytes, difference: np.ndarray) -> bytes:
@@ -303,17 +313,24 @@ class Trial:
             present = outcome.roster if isinstance(outcome, EpochReady) else outcome.contributors
             missing = set(asked) - set(present)
             assert missing <= {fault.party for fault in outcome.faults}, "somebody's absence is not reported"
-        if not isinstance(outcome, EpochReady):
+        if isinstance(outcome, Aggregate) or len(self.liars) <= self._most_liars():
             assert set(outcome.culprits) <= self.liars, "a culprit who told no lie"
+        if not isinstance(outcome, Aggregate):
+            pairs = [set(pair) for pair in outcome.disputes]
+            assert all(pair & self.liars for pair in pairs), "a dispute between two who told no lie"
+            assert len(set().union(*pairs)) == sum(map(len, pairs)), "somebody is in two disputes"
 
-    def _check_culprits(self, outcome: Aggregate, threshold: int, hits: Iterable[Hit]) -> None:
-        """Shares are used in the order of names; once a wrong one is among them, all wrong ones are named."""
+    def _most_liars(self) -> int:
+        """More may gang up on somebody."""
+        return max(1, self.world.coordinator.parameters.sharing.corrupt)
+
+    def _check_culprits(self, outcome: Aggregate, hits: Iterable[Hit]) -> None:
+        """Whether its share was needed or not."""
         touched = [
             self.world.names[hit.party % len(self.world.names)] for hit in hits if hit.phase == "unmask"
         ]
         wrong = {name for name in self.wrong_answers if touched.count(name) == 1}
-        if wrong & set(sorted(outcome.contributors)[:threshold]):
-            assert wrong <= set(outcome.culprits), "wrong shares were used, and their authors are not named"
+        assert wrong <= set(outcome.culprits), "shares were wrong, and their authors are not named"
 
     def _check_abort(self, outcome: Aborted) -> None:
         assert outcome.code in CODES, outcome

@@ -24,7 +24,7 @@ from appa_secure.secagg import (
 from appa_secure.secagg.schedule import MASK_KEY, SEED
 from appa_secure.secagg.shamir import SHARE_BYTES
 from appa_secure.secagg.wire import parse
-from tests.secagg.world import CONTEXT, LAYOUT, SESSION, World, reseal
+from tests.secagg.world import CONTEXT, LAYOUT, SESSION, World
 
 PHASES = ("propose", "roster", "start", "round", "unmask")
 
@@ -130,7 +130,7 @@ def test_a_corrupted_share_is_pinned_on_its_author_and_survived(wrong: int) -> N
         wards = world.coordinator._epoch.graph.wards[name]
         share = bytearray(envelope.body["shares"])
         share[SHARE_BYTES * wards.index(world.names[7]) + 2] ^= 1  # of the dropped party's mask key
-        return reseal(envelope, {**envelope.body, "shares": bytes(share)}, world.identities[name])
+        return world.reseal(envelope, {**envelope.body, "shares": bytes(share)})
 
     world.inbound = corrupt
     outcome = world.round(1)
@@ -169,7 +169,7 @@ def test_short_answer_is_reported_and_survived() -> None:
     def shorten(name, envelope):
         if envelope.type == "answer" and name == world.names[0]:
             body = {**envelope.body, "shares": envelope.body["shares"][SHARE_BYTES:]}
-            return reseal(envelope, body, world.identities[name])
+            return world.reseal(envelope, body)
         return envelope.raw
 
     world.inbound = shorten
@@ -208,7 +208,7 @@ def test_everybody_may_be_killed_between_any_two_messages(crash_at: str) -> None
                 # asked again, every client gives the identical reply
                 replies = world.exchange(outcome.outbound)
                 assert {
-                    name: parse(raw, name).signature for name, raw in replies.items()
+                    name: parse(raw, name).proof for name, raw in replies.items()
                 } == world.coordinator._epoch.settled
                 assert world.coordinator.pending().outbound == {}
             outcome = world.coordinator.advance()
@@ -245,7 +245,7 @@ def test_an_upload_is_added_once_whatever_is_sent_again() -> None:
         world.coordinator = CoordinatorMachine.restore(world.coordinator.export_state(), world.directory)
         world.coordinator.receive(name, reply)
     first = parse(reply, name)
-    other = reseal(first, {**first.body, "vector": bytes(len(first.body["vector"]))}, world.identities[name])
+    other = world.reseal(first, {**first.body, "vector": bytes(len(first.body["vector"]))})
     with pytest.raises(OutOfOrder, match="two different replies"):
         world.coordinator.receive(name, other)
     outcome = world.coordinator.advance()

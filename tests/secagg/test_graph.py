@@ -114,7 +114,10 @@ def test_small_groups_are_as_rare_as_stated() -> None:
 
 def test_up_to_a_hundred_everybody_holds_shares_of_everybody() -> None:
     for n, degree in ((3, 2), (100, 99), (101, 42)):
-        assert EpochParameters(b"s", 1, tuple(f"{i:04d}" for i in range(n)), n).sharing.degree == degree
+        assert (
+            EpochParameters(b"s", 1, tuple(f"{i:04d}" for i in range(n)), n, b"key".ljust(32)).sharing.degree
+            == degree
+        )
     assert complete(9, 6).threshold == 6
     assert complete(9, 6).smallest_group == 4  # t - c for the largest c with 2t > n + c
 
@@ -153,7 +156,7 @@ def test_both_ends_see_the_same_edges() -> None:
         for b in found.peers[a]:
             assert a in found.peers[b]
             assert b in holders[a] or a in holders[b]
-        for holder, slot in zip(holders[a], found.slots[a], strict=True):
+        for holder, slot in zip(holders[a], found.slots[found.row[a]], strict=True):
             if holder in found.wards:
                 assert found.wards[holder][slot] == a
     assert graph.COMPLETE_UP_TO == 100

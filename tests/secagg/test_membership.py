@@ -23,7 +23,7 @@ from appa_secure.secagg import (
     close_epoch,
 )
 from appa_secure.secagg.keys import COORDINATOR
-from appa_secure.secagg.wire import BODIES, parse, seal
+from appa_secure.secagg.wire import BODIES, parse, peek, seal
 from tests.secagg.world import CONTEXT, LAYOUT, SESSION, World, random_vector, seeded
 
 NEW, LEAVING, ROTATING = "site-new", "site-01", "site-02"
@@ -144,9 +144,7 @@ def test_an_update_destroys_the_epoch_and_remembers_its_number() -> None:
     assert not epoch.secrets.any()
     assert not epoch.held.any()
     assert not epoch.pair_seeds.any()
-    again = world.request(
-        "propose", 0, {"clients": list(world.names), "threshold": 4, "rounds": 3, "ring_bits": 64}
-    )
+    again = world.proposal()
     with pytest.raises(ReplayedRound):
         client.open_epoch(again)
     restored = ClientMachine.restore(client.export_state(), ROTATING, key, client._directory, world.policy)
@@ -203,6 +201,6 @@ def test_no_message_updates_a_directory(release: str) -> None:
             assert client._directory is directory
             assert client._directory.digest() == digest
     parties = sorted([*world.names, NEW])
-    body = {"clients": parties, "threshold": 5, "rounds": 3, "ring_bits": 64}
+    body = {**peek(world.proposal()).body, "clients": parties, "threshold": 5}
     with pytest.raises(UnknownParty, match=NEW):
         world.clients["site-00"].open_epoch(seal("propose", SESSION, 2, 0, COORDINATOR, body, None))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appa_secure.secagg import BadParameters
-from appa_secure.secagg.shamir import LIMBS, PRIME, SHARE_BYTES, combine, pack, share, unpack
+from appa_secure.secagg.shamir import LIMBS, PRIME, SHARE_BYTES, combine, consistent, pack, share, unpack
 from tests.secagg.world import seeded
 
 
@@ -58,6 +58,35 @@ def test_fewer_than_threshold_shares_fit_every_secret() -> None:
     # the first limb of two shares is as good as uniform over many sharings
     first = [int(share(secret, 3, 5, seeded(i))[0, 0, 0]) for i in range(400)]
     assert abs(np.mean(first) / PRIME - 0.5) < 0.06
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_shares_that_are_on_one_polynomial_are_consistent_and_others_are_not(data: st.DataObject) -> None:
+    """Against interpolation in Python integers: through the first t of a secret's shares, at each of the others."""
+    width = data.draw(st.integers(2, 9), label="width")
+    t = data.draw(st.integers(1, width), label="t")
+    secrets = np.frombuffer(seeded(width)(32 * 3), np.uint8).reshape(3, 32)
+    shares = share(secrets, t, width, seeded("deal")).transpose(1, 0, 2).copy()  # (S, H, 9)
+    present = np.array([[data.draw(st.booleans()) for _ in range(width)] for _ in range(3)])
+    for _ in range(data.draw(st.integers(0, 3), label="wrong")):
+        row, column, limb = (data.draw(st.integers(0, high - 1)) for high in (3, width, LIMBS))
+        shares[row, column, limb] = (
+            int(shares[row, column, limb]) + data.draw(st.integers(1, PRIME - 1))
+        ) % PRIME
+    expected = []
+    for row in range(3):
+        xs = [i + 1 for i in range(width) if present[row, i]]
+        values = [[int(v) for v in shares[row, x - 1]] for x in xs]
+        fits = all(
+            oracle([a - x for a in xs[:t]], [v[limb] for v in values[:t]]) == y[limb]
+            for x, y in zip(xs[t:], values[t:], strict=True)
+            for limb in range(LIMBS)
+        )
+        expected.append(fits)
+    assert consistent(present, shares, t, seeded(data.draw(st.integers(0, 9)))).tolist() == expected
+    shares[~present] = 12345  # what is missing may hold anything
+    assert consistent(present, shares, t, seeded("again")).tolist() == expected
 
 
 def test_packing_is_strict() -> None:

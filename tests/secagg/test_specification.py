@@ -11,12 +11,21 @@ import pytest
 from appa_secure.secagg import cbor, close_epoch, keys
 from appa_secure.secagg.keys import KEY_BYTES, bind
 from appa_secure.secagg.schedule import KINDS
-from appa_secure.secagg.wire import BODIES, SIGNATURE_BYTES, Envelope, named_sender, parse
+from appa_secure.secagg.wire import (
+    BODIES,
+    MAC_BYTES,
+    SIGNATURE_BYTES,
+    WITH_MAC,
+    Envelope,
+    named_sender,
+    parse,
+)
 from tests.secagg.world import LAYOUT, World
 from tests.test_docs import REPO, SPECIFICATION, fields, named, table
 
 PACKAGE = REPO / "appa_secure" / "secagg"
 GONE, N, ROUNDS = 2, 8, 3
+REPLY_FIELDS = ("SHA-256(payload)", "SHA-256(request)", "context")  # of `wire.reply_mac`, in its order
 
 
 def labels() -> set[str]:
@@ -55,9 +64,8 @@ def test_hashes_begin_with_bind_or_take_bound_bytes() -> None:
     assert sorted(calls) == sorted(
         [
             "bind(purpose, *fields)",
-            "payload",  # goes into bind("message", ...)
+            "message",  # payloads and requests: go into bind("message", ...) and bind("reply", ...)
             "bundle.raw",  # goes into the digest of the roster
-            "message",  # a client's own memory of requests
             "_PAIR_CHECK + seed",
             "prefix + index.to_bytes(4, 'big') + share",
         ]
@@ -127,8 +135,10 @@ def size(value: Any) -> int:
 
 def test_envelopes_have_the_size_and_order_that_is_written(seen: dict[str, list[Envelope]]) -> None:
     text = SPECIFICATION.read_text("utf-8")
-    ((payload, signed, unsigned),) = re.findall(
-        r"^payload +P = (.+)\n.*\nmessage += (.+?) {3,}.*\n += (.+?) {3,}", text, re.MULTILINE
+    ((payload, signed, with_mac, unsigned),) = re.findall(
+        r"^payload +P = (.+)\n.*\nmessage += (.+?) {3,}.*\n += (.+?) {3,}.*\n += (.+?) {3,}",
+        text,
+        re.MULTILINE,
     )
     order = [row[0] for row in table(SPECIFICATION, "field", "form", "bytes after the key")]
     for envelope in (e for envelopes in seen.values() for e in envelopes):
@@ -140,12 +150,15 @@ def test_envelopes_have_the_size_and_order_that_is_written(seen: dict[str, list[
         }  # fmt: skip
         known["P"] = eval(payload, {"__builtins__": {}}, known)
         assert len(envelope.payload) == known["P"]
-        formula = unsigned if envelope.sender == keys.COORDINATOR else signed
+        formula = with_mac if envelope.type in WITH_MAC else signed
+        formula = unsigned if envelope.sender == keys.COORDINATOR else formula
         assert len(envelope.raw) == eval(formula, {"__builtins__": {}}, known)
 
 
 def test_constants_are_those_written() -> None:
     text = SPECIFICATION.read_text("utf-8")
-    assert f"{len(bind('message', bytes(32)))} bytes:" in text
+    signed = len(bind("message", bytes(32)))
+    assert f'`bind("message", SHA-256(payload))`, {signed} bytes' in text
     assert f"| version | uint | `1` | {keys.VERSION} |" in text
-    assert (KINDS, KEY_BYTES, SIGNATURE_BYTES) == (3, 32, 64)
+    assert (KINDS, KEY_BYTES, SIGNATURE_BYTES, MAC_BYTES) == (3, 32, 64, 32)
+    assert f'bind("reply", {", ".join(REPLY_FIELDS)})' in text

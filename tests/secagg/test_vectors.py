@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from appa_secure.secagg import ClientMachine, Layout, ProtocolError
+from appa_secure.secagg import ClientMachine, CoordinatorMachine, Layout, ProtocolError, RemoteMisbehaviour
 from appa_secure.secagg.keys import bind, derive
 from appa_secure.secagg.masks import apply_masks, mask_key
 from appa_secure.secagg.shamir import combine, unpack
@@ -22,6 +22,7 @@ FAILURES: dict[str, Any] = json.loads((VECTORS / "failures.json").read_text(enco
 
 EXPECTED = {
     "threshold of one": "PolicyViolation",
+    "low-order coordinator key": "PolicyViolation",
     "unknown party": "UnknownParty",
     "cohort too small": "CohortTooSmall",
     "trailing byte": "BadEncoding",
@@ -88,12 +89,31 @@ def test_all_failure_classes_are_there() -> None:
 
 @pytest.mark.parametrize("case", FAILURES["cases"], ids=lambda case: case["name"])
 def test_failures(case: dict[str, str]) -> None:
-    world = World(3, min_cohort=3 if case["name"] in list(EXPECTED)[:8] else 2)
+    world = World(3, min_cohort=3 if case["name"] in list(EXPECTED)[:9] else 2)
     client = ClientMachine.restore(bytes.fromhex(case["state"]), *parties(world))
     with pytest.raises(ProtocolError) as caught:
         attempt(client, case["method"], bytes.fromhex(case["message"]))
     assert caught.value.code == case["expect"]
     assert client.export_state().hex() == case["state"]
+
+
+@pytest.mark.parametrize("case", FAILURES["replies"], ids=lambda case: case["name"])
+def test_reply_failures(case: dict[str, str]) -> None:
+    world = World(3)
+    coordinator = CoordinatorMachine.restore(bytes.fromhex(case["state"]), world.directory)
+    if case["expect"] == "accepted":
+        coordinator.receive(case["sender"], bytes.fromhex(case["message"]))
+        return
+    with pytest.raises(RemoteMisbehaviour) as caught:
+        coordinator.receive(case["sender"], bytes.fromhex(case["message"]))
+    assert (caught.value.code, caught.value.sender) == (case["expect"], case["sender"])
+
+
+def test_both_kinds_of_reply_have_all_failures() -> None:
+    found = {kind: [c["name"].split(": ")[1] for c in FAILURES["replies"] if c["name"].startswith(kind)]
+             for kind in ("upload", "answer")}  # fmt: skip
+    assert found["upload"] == found["answer"]
+    assert "bad mac" in found["upload"]
 
 
 @pytest.mark.parametrize("case", FAILURES["coding"], ids=lambda case: case["name"])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appa_secure.secagg import BadEncoding, BadSignature, ProtocolError, RemoteMisbehaviour, cbor
-from appa_secure.secagg.wire import BODIES, parse, peek, seal, verify
+from appa_secure.secagg.wire import BODIES, WITH_MAC, parse, peek, seal, seal_reply, verify
 from tests.secagg.world import World, identities
 
 values = st.recursive(
@@ -64,7 +64,7 @@ def test_other_encodings_are_refused(data: bytes) -> None:
 
 def ack(**changes: object) -> bytes:
     fields: dict[str, object] = {
-        "version": 2, "type": "ack", "session": b"s", "epoch": 1, "round": 0, "sender": "site-00",
+        "version": 3, "type": "ack", "session": b"s", "epoch": 1, "round": 0, "sender": "site-00",
         "body": {"transcript": bytes(32)}, **changes,
     }  # fmt: skip
     payload = cbor.encode({name: value for name, value in fields.items() if value is not None})
@@ -92,7 +92,7 @@ def test_the_template_itself_is_accepted() -> None:
         (ack(sender="site-01"), "as its sender"),
         (ack(session=b""), "session has 0 bytes"),
         (cbor.encode([cbor.encode({}), b""]), "version None"),
-        (cbor.encode([cbor.decode(ack())[0], bytes(63)]), "signature has 63 bytes"),
+        (cbor.encode([cbor.decode(ack())[0], bytes(63)]), "proof of a ack message has 63 bytes, needs 64"),
         (cbor.encode([cbor.decode(ack())[0] + b"\0", bytes(64)]), "trailing"),
         (cbor.encode({"a": 1}), "not [payload"),
         (b"\xd8\x1c\x80", "tags"),
@@ -133,4 +133,10 @@ def test_every_message_type_is_sealed_and_parsed() -> None:
     sample = {"uint": 1, "text": "x", "bytes": b"y", "[text]": ["a"], "[bytes]": [b"b"]}
     for type_, forms in BODIES.items():
         body = {f: sample[form] if form in sample else bytes(int(form[6:])) for f, form in forms.items()}
-        assert parse(seal(type_, b"s", 1, 2, "site-00", body, KEY), "site-00").body == body
+        message = seal(type_, b"s", 1, 2, "site-00", body, KEY)
+        if type_ in WITH_MAC:
+            with pytest.raises(BadEncoding, match="needs 32"):
+                parse(message, "site-00")  # no signature where a MAC is due
+            request = peek(seal(type_, b"s", 1, 2, "coordinator", body, None))
+            message = seal_reply(type_, "site-00", body, request, b"", bytes(32))
+        assert parse(message, "site-00").body == body

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -27,7 +28,7 @@ from appa_secure.secagg import (
     schedule,
 )
 from appa_secure.secagg.keys import COORDINATOR
-from appa_secure.secagg.wire import Envelope, parse, peek, seal
+from appa_secure.secagg.wire import WITH_MAC, Envelope, parse, peek, seal, seal_reply
 
 SESSION = b"test session"
 CONTEXT = hashlib.sha256(b"rollouts").digest()
@@ -98,6 +99,7 @@ class World:
             rounds=rounds,
             ring_bits=layout.ring_bits,
             release=asked or release,
+            rng=seeded((seed, COORDINATOR)),
         )
         self.layouts = dict.fromkeys(self.names, layout)
         self.contexts = dict.fromkeys(self.names, CONTEXT)
@@ -161,6 +163,25 @@ class World:
     def ring_sum(self, contributors: tuple[str, ...]) -> np.ndarray:
         coding = self.layout.preflight(len(self.coordinator.roster))
         return coding.add([coding.encode(self.vectors[name]) for name in contributors])
+
+    def proposal(self, **changes: Any) -> bytes:
+        """The proposal of the coordinator's present epoch, or a false one."""
+        p = self.coordinator.parameters
+        body = {
+            "clients": list(self.names), "threshold": p.threshold, "rounds": p.rounds, "ring_bits": p.ring_bits,
+            "coordinator_key": p.coordinator_key,
+        }  # fmt: skip
+        return self.request("propose", 0, {**body, **changes})
+
+    def reseal(self, envelope: Envelope, body: Mapping[str, Any], **changes: Any) -> bytes:
+        """The same message with another body or envelope fields, as its sender itself can make it; an upload or answer
+        for what the coordinator asked."""
+        if changes.get("type", envelope.type) not in WITH_MAC:
+            return reseal(envelope, body, self.identities[envelope.sender], **changes)
+        epoch = self.coordinator._epoch
+        request = replace(peek(epoch.outbound[envelope.sender]), **changes)
+        key = self.clients[envelope.sender]._epoch.reply_key
+        return seal_reply(envelope.type, envelope.sender, body, request, epoch.context, key)
 
     def request(self, type_: str, round_id: int, body: Mapping[str, Any]) -> bytes:
         """A message of a dishonest coordinator."""

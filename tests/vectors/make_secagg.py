@@ -5,21 +5,31 @@
 All randomness is SHAKE-256 of a counter (`tests.secagg.world.seeded`), so running it again writes the same
 files. The keys in the vectors are test keys. `known_answers.json` pins the primitives and a whole epoch;
 `failures.json` holds, per case, a client's stored state, one coordinator message and the refusal it must lead
-to.
+to; or the coordinator's stored state and a reply.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from appa_secure.secagg import Aggregate, ClientMachine, Headroom, Layout, OutOfRange, ProtocolError, Segment
+from appa_secure.secagg import (
+    Aggregate,
+    ClientMachine,
+    Continue,
+    Headroom,
+    Layout,
+    OutOfRange,
+    ProtocolError,
+    Segment,
+)
 from appa_secure.secagg.graph import sparse
-from appa_secure.secagg.keys import bind, derive
+from appa_secure.secagg.keys import bind, derive, x25519_public
 from appa_secure.secagg.masks import apply_masks, mask_key
 from appa_secure.secagg.policy import EpochParameters
 from appa_secure.secagg.schedule import (
@@ -27,6 +37,7 @@ from appa_secure.secagg.schedule import (
     answer_key,
     pair_check,
     pair_seed,
+    reply_key,
     secret_commitment,
     self_seed,
     share_context,
@@ -35,7 +46,7 @@ from appa_secure.secagg.schedule import (
     table_key,
 )
 from appa_secure.secagg.shamir import SHARE_BYTES, pack, share
-from appa_secure.secagg.wire import parse
+from appa_secure.secagg.wire import parse, peek, reply_mac, seal_reply
 from tests.secagg.world import CONTEXT, LAYOUT, World, reseal, seeded
 
 HERE = Path(__file__).parent / "secagg"
@@ -89,14 +100,16 @@ def known_answers() -> dict[str, Any]:
 
 def key_schedule() -> dict[str, Any]:
     """Every derivation of `appa_secure/secagg/schedule.py` for one set of inputs, and the graph's degrees."""
-    p = EpochParameters(b"vector", 3, ("a", "b", "c"), 2, 4, 64)
+    p = EpochParameters(b"vector", 3, ("a", "b", "c"), 2, x25519_public(b"\3" * 32), 4, 64)
     secret, transcript, roster = bytes(range(32)), b"\1" * 32, b"\2" * 32
     share_bytes = bytes(SHARE_BYTES) + bytes(range(SHARE_BYTES))
     return {
         "inputs": {
             "session": p.session.hex(), "epoch": 3, "clients": list(p.clients), "threshold": 2, "rounds": 4,
-            "ring_bits": 64, "round": 2, "secret": secret.hex(), "transcript": transcript.hex(),
-            "roster": roster.hex(), "shares": share_bytes.hex(),
+            "ring_bits": 64, "coordinator_key": p.coordinator_key.hex(),
+            "round": 2, "secret": secret.hex(), "transcript": transcript.hex(),
+            "roster": roster.hex(), "shares": share_bytes.hex(), "payload": "0102", "request": "0304",
+            "context": "05" * 32,
         },
         "proposal": p.digest().hex(),
         "commitments": [secret_commitment(p, "a", 2, kind, secret).hex() for kind in range(KINDS)],
@@ -105,6 +118,8 @@ def key_schedule() -> dict[str, Any]:
         "pair_check": pair_check(secret).hex(),
         "table_key": table_key(secret, transcript, p, "a", 2).hex(),
         "answer_key": answer_key(secret, transcript, p, "a", 2).hex(),
+        "reply_key": reply_key(secret, transcript, p, "a").hex(),
+        "reply_mac": reply_mac(secret, b"\1\2", b"\3\4", b"\5" * 32).hex(),
         "share_key": share_key(secret, roster, p, "a", "b").hex(),
         "share_context": share_context(p, roster, "a", "b").hex(),
         "share_digests": share_digests(p, "a", "b", share_bytes).hex(),
@@ -156,13 +171,14 @@ def failures() -> dict[str, Any]:
 
     world = World(3, seed="failures", rounds=2, min_cohort=3)
     client, names = world.clients["site-00"], list(world.names)
-    body = {"clients": names, "threshold": 2, "rounds": 2, "ring_bits": 64}
-    case("threshold of one", client, "open_epoch", world.request("propose", 0, {**body, "threshold": 1}))
+    body = dict(peek(world.proposal()).body)
+    case("threshold of one", client, "open_epoch", world.proposal(threshold=1))
+    case("low-order coordinator key", client, "open_epoch", world.proposal(coordinator_key=bytes(32)))
     case(
         "unknown party",
         client,
         "open_epoch",
-        world.request("propose", 0, {**body, "threshold": 3, "clients": [*names, "zombie"]}),
+        world.proposal(threshold=3, clients=[*names, "zombie"]),
     )
     case(
         "cohort too small", client, "open_epoch", world.request("propose", 0, {**body, "clients": names[:2]})
@@ -236,7 +252,52 @@ def failures() -> dict[str, Any]:
         "unmask",
         world.request("unmask", 2, {"survivors": names[:2], "dropped": []}),
     )
-    return {"provenance": PROVENANCE, "clients": 3, "cases": cases, "coding": coding_failures()}
+    return {
+        "provenance": PROVENANCE, "clients": 3, "cases": cases, "replies": reply_failures(), "coding": coding_failures(),
+    }  # fmt: skip
+
+
+def reply_failures() -> list[dict[str, Any]]:
+    """Each case: restore the coordinator, take `message` from `sender`, expect the named error."""
+    world = World(3, seed="replies", rounds=2)
+    world.setup()
+    cases: list[dict[str, Any]] = []
+
+    def case(name: str, message: bytes, expect: str, sender: str = "site-00") -> None:
+        state = world.coordinator.export_state().hex()
+        cases.append(
+            {"name": name, "state": state, "sender": sender, "message": message.hex(), "expect": expect}
+        )
+
+    def phase(kind: str, outbound: Any) -> None:
+        replies = {
+            name: parse(world.answer(name, message) or b"", name) for name, message in outbound.items()
+        }
+        genuine, request = replies["site-00"], peek(outbound["site-00"])
+        key = world.clients["site-00"]._epoch.reply_key
+        other = seal_reply(
+            kind, "site-00", genuine.body, request, CONTEXT, world.clients["site-01"]._epoch.reply_key
+        )
+        elsewhere = seal_reply(kind, "site-00", genuine.body, request, bytes(32), key)
+        unasked = seal_reply(kind, "site-00", genuine.body, replace(request, raw=b"?"), CONTEXT, key)
+        late = seal_reply(kind, "site-00", genuine.body, replace(request, round=2), CONTEXT, key)
+        case(f"{kind}: accepted", genuine.raw, "accepted")
+        case(f"{kind}: bad mac", genuine.raw[:-1] + bytes([genuine.raw[-1] ^ 1]), "BadMac")
+        case(f"{kind}: mac of another client", other, "BadMac")
+        case(f"{kind}: mac for another request", unasked, "BadMac")
+        case(f"{kind}: mac for another context", elsewhere, "BadMac")
+        case(f"{kind}: another round", late, "WrongEpoch")
+        case(f"{kind}: another sender", genuine.raw, "BadEncoding", sender="site-01")
+        signed = reseal(genuine, genuine.body, world.identities["site-00"])
+        case(f"{kind}: signed in place of the mac", signed, "BadEncoding")
+        for name, envelope in replies.items():
+            world.coordinator.receive(name, envelope.raw)
+
+    phase("upload", world.coordinator.begin_round(1, CONTEXT, LAYOUT).outbound)
+    step = world.coordinator.advance()
+    assert isinstance(step, Continue)
+    phase("answer", step.outbound)
+    return cases
 
 
 def coding_failures() -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 Valid messages of a real epoch are damaged as bytes (bits, cuts, splices, length lies, deep nesting) or as trees (types
 swapped, huge numbers, fields renamed, lists grown), at any depth: a bundle inside a roster inside a payload too. Most
-damaged trees are signed again with their sender's key, so that they get past the signature.
+damaged trees are signed, or authenticated, again with their sender's key, so that they get past the proof.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from appa_secure.secagg import (
     Continue,
     CoordinatorMachine,
     CorruptState,
-    IdentityKey,
     ProtocolError,
     RemoteMisbehaviour,
     cbor,
@@ -54,6 +53,10 @@ HEADS = (b"\xff", b"\x9f", b"\x5f", b"\x1b" + b"\xff" * 8, b"\x5b" + b"\xff" * 8
          b"\xbb" + b"\xff" * 8, b"\x98\x18", b"\x58\x05", b"\xc0", b"\xf6", b"\xfb" + b"\0" * 8)  # fmt: skip
 
 
+Provers = dict[str, Callable[[object, bytes], bytes]]
+"""By sender: the proof of a payload of some type."""
+
+
 @dataclass
 class Target:
     """One decoder: what it is fed with, what it may raise. `reset` brings its machine back after an acceptance."""
@@ -67,9 +70,9 @@ class Target:
 
 
 class Fuzzer:
-    """Seeded. `keys` sign damaged messages again in their sender's name."""
+    """Seeded. `keys` prove damaged messages again in their sender's name."""
 
-    def __init__(self, seed: int, keys: dict[str, IdentityKey]) -> None:
+    def __init__(self, seed: int, keys: Provers) -> None:
         self.rng = random.Random(seed)
         self.keys = keys
 
@@ -123,7 +126,7 @@ class Fuzzer:
                 payload = cbor.encode(self._tree(fields))
                 key = self.keys.get(sender) if isinstance(sender, str) else None
                 if key is not None and self.rng.random() < 0.9:
-                    return cbor.encode([payload, key.sign(bind("message", hashlib.sha256(payload).digest()))])
+                    return cbor.encode([payload, key(fields.get("type"), payload)])
                 return cbor.encode([payload, tree[1]])
             return cbor.encode(self._tree(tree))
         except (ValueError, OverflowError):  # not a tree, or damaged into something that has no encoding
@@ -194,7 +197,7 @@ class Fuzzer:
         return [*node, self.rng.choice(TEXTS), self.rng.choice(NUMBERS)]
 
 
-def fuzz(count: int, seed: int, targets: list[Target], keys: dict[str, IdentityKey]) -> Counter[str]:
+def fuzz(count: int, seed: int, targets: list[Target], keys: Provers) -> Counter[str]:
     """Feed `count` damaged messages; returns how they ended. Raises AssertionError with the message that broke in."""
     fuzzer, ended = Fuzzer(seed, keys), Counter[str]()
     everything = [raw for target in targets for raw in target.seeds]
@@ -284,7 +287,7 @@ class CoordinatorTarget:
         self.machine.receive(self.victim, raw)
 
 
-def targets() -> tuple[list[Target], dict[str, IdentityKey]]:
+def targets() -> tuple[list[Target], Provers]:
     """Every decoder, with the messages and states of one real epoch of three clients."""
     world, name = World(3, rounds=2, seed="fuzz"), "site-01"
     found: list[Target] = []
@@ -321,6 +324,7 @@ def targets() -> tuple[list[Target], dict[str, IdentityKey]]:
     play(world.coordinator.propose(1))
     play(world.coordinator.begin_round(1, CONTEXT, LAYOUT))
     client_states.append(world.clients[name].export_state())
+    epoch = world.coordinator._epoch
     requests.append(world.coordinator.close_epoch()[name])
 
     for target in found:  # what is due is sent most often, everything else now and then
@@ -365,4 +369,14 @@ def targets() -> tuple[list[Target], dict[str, IdentityKey]]:
         Target("unpack a float", lambda raw: messages.unpack_float(raw, "c", "z"), [bytes(8)], wire_errors),
         Target("unpack a vector", lambda raw: messages.unpack_vector(raw, "c", "p", 8), [vector], wire_errors),
     ]  # fmt: skip
-    return found, world.identities
+    asked = {"upload": requests[3], "answer": requests[4]}
+
+    def prover(sender: str) -> Callable[[object, bytes], bytes]:
+        def prove(type_: object, payload: bytes) -> bytes:
+            if sender == name and type_ in ("upload", "answer"):
+                return wire.reply_mac(epoch.reply_keys[name], payload, asked[str(type_)], CONTEXT)
+            return world.identities[sender].sign(bind("message", hashlib.sha256(payload).digest()))
+
+        return prove
+
+    return found, {sender: prover(sender) for sender in world.names}

@@ -60,11 +60,9 @@ def test_differencing_fails_under_abort(asked: str) -> None:
 
 
 def test_a_new_epoch_without_the_victim_is_refused_under_abort() -> None:
-    from tests.adversarial.secagg.test_coordinator_lies import proposal
-
     world = World(6, release="abort")
     others = [name for name in world.names if name != VICTIM]
-    reply = world.answer("site-00", proposal(world, clients=others))
+    reply = world.answer("site-00", world.proposal(clients=others))
     assert b"must list all" in reply
     assert LAYOUT.size == len(world.vectors[VICTIM])
 

@@ -37,17 +37,6 @@ from tests.secagg.world import CONTEXT, LAYOUT, World, reseal, seeded
 VICTIM = "site-02"
 
 
-def proposal(world: World, **changes: object) -> bytes:
-    p = world.coordinator.parameters
-    body = {
-        "clients": list(world.names),
-        "threshold": p.threshold,
-        "rounds": p.rounds,
-        "ring_bits": p.ring_bits,
-    }
-    return world.request("propose", 0, {**body, **changes})
-
-
 def uploaded(world: World, round_id: int = 1) -> dict[str, bytes]:
     """Every client's upload, received by the coordinator."""
     step = world.coordinator.begin_round(round_id, CONTEXT, world.layout)
@@ -102,7 +91,7 @@ def test_keys_are_not_found_by_guessing_the_randomness() -> None:
     def bundle(rng: Callable[[int], bytes] | None) -> bytes:
         identity, more = world.identities[VICTIM], {"rng": rng} if rng else {}
         client = ClientMachine(VICTIM, identity, world.directory, world.policy, **more)
-        return client.open_epoch(proposal(world))
+        return client.open_epoch(world.proposal())
 
     guesses = {bundle(seeded(("weak", i))) for i in range(64)}
     assert bundle(seeded(("weak", 17))) in guesses
@@ -142,9 +131,9 @@ def test_invented_peers_do_not_surround_a_lone_client() -> None:
     world = World(5, min_cohort=3)
     client = world.clients[VICTIM]
     with pytest.raises(UnknownParty, match="zombie-1"):
-        client.open_epoch(proposal(world, clients=[VICTIM, "zombie-1", "zombie-2"], threshold=2))
+        client.open_epoch(world.proposal(clients=[VICTIM, "zombie-1", "zombie-2"], threshold=2))
     # under the names of real clients, with keys of the coordinator's own making
-    request = proposal(world)
+    request = world.proposal()
     own = client.open_epoch(request)
     zombies = []
     for name in world.names:
@@ -169,7 +158,7 @@ def test_invented_peers_do_not_surround_a_lone_client() -> None:
 def test_modulus_and_threshold_are_the_clients_own(changes: dict[str, int]) -> None:
     world = World(5)
     with pytest.raises(PolicyViolation):
-        world.clients[VICTIM].open_epoch(proposal(world, **changes))
+        world.clients[VICTIM].open_epoch(world.proposal(**changes))
 
 
 def test_scale_and_clipping_are_the_clients_own() -> None:
@@ -201,7 +190,7 @@ def test_an_upload_of_another_round_makes_noise_not_a_sum() -> None:
 
     def replay(name: str, envelope: Envelope) -> bytes:
         if (envelope.type, name) == ("upload", VICTIM):
-            return reseal(envelope, {**envelope.body, "vector": old}, world.identities[name])
+            return world.reseal(envelope, {**envelope.body, "vector": old})
         return envelope.raw
 
     world.inbound = replay
@@ -256,7 +245,7 @@ def test_a_metric_beside_the_vector_is_refused() -> None:
 
     def talkative(name: str, envelope: Envelope) -> bytes:
         if (envelope.type, name) == ("upload", VICTIM):
-            return reseal(envelope, {**envelope.body, "samples": 1000}, world.identities[name])
+            return world.reseal(envelope, {**envelope.body, "samples": 1000})
         return envelope.raw
 
     world.inbound = talkative
@@ -345,7 +334,7 @@ def test_a_malformed_share_is_named_and_survived(which: int, broken: bytes) -> N
     def malformed(name: str, envelope: Envelope) -> bytes:
         if (envelope.type, name) == ("answer", liar):
             field = sorted(envelope.body)[which]
-            return reseal(envelope, {**envelope.body, field: broken}, world.identities[name])
+            return world.reseal(envelope, {**envelope.body, field: broken})
         return envelope.raw
 
     world.inbound = malformed
