@@ -222,6 +222,9 @@ class EvaluationConfig(Section):
     samples: Count = _about(4, "answers sampled per question when measuring")
     bootstrap: int = _about(1000, "resamples of the 95 % intervals", ge=100)
     every: int = _about(1, "steps between per-group measurements of the rollouts; 0 for none", ge=0)
+    predictor_every: int = _about(
+        0, "rounds between measurements of the predictor in training; 0: only when it is final", ge=0
+    )
 
 
 class Config(Section):
@@ -231,6 +234,9 @@ class Config(Section):
     name: Text | None = _about(None, "name of the run directory; null: experiment, seed and time")
     output_root: Text = _about("runs", "folder of the run directories")
     experiment: Text = _about("demo", "the experiment these choices started from")
+    until: Literal["predictor", "align"] = _about(
+        "align", "last part of the run: predictor ends it before there is a policy"
+    )
     task: TaskConfig = Field(default_factory=TaskConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     embedder: EmbedderConfig = Field(default_factory=EmbedderConfig)

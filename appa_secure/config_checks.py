@@ -43,7 +43,7 @@ def as_yaml(value: object) -> str:
 
 def problems(config: Config) -> list[Problem]:
     """Impossible combinations, in the order of the sections."""
-    rules = (_task, _data, _shapes, _privacy, _secagg, _aggregation, _ppo)
+    rules = (_task, _data, _shapes, _privacy, _secagg, _aggregation, _ppo, _evaluation)
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -239,6 +239,15 @@ def _aggregation(c: Config) -> Iterator[Problem]:
         yield Problem(
             "aggregation.temperature", aggregation.temperature, f"exp(-1/temperature) {drowns}",
             f"aggregation.temperature={math.ceil(1000 / limit) / 1000}{wider}",
+        )  # fmt: skip
+
+
+def _evaluation(c: Config) -> Iterator[Problem]:
+    if c.evaluation.predictor_every and not c.evaluation.truth:
+        yield Problem(
+            "evaluation.predictor_every", c.evaluation.predictor_every,
+            "compares predictions with true answers, and evaluation.truth is off",
+            "evaluation.predictor_every=0",
         )  # fmt: skip
 
 

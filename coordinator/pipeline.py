@@ -2,6 +2,8 @@
 
     setup -> context -> predictor -> warmup -> before -> align -> after
 
+A run with `until: predictor` ends after the third, with a summary of what it has.
+
 A run that was killed goes on at the stage it was in and ends with the same policy, metrics and ledger as one that was
 not: randomness is a function of the seed and the position, sums are exact, and what a step opened is journalled.
 """
@@ -67,10 +69,11 @@ class Pipeline:
         self._stage("setup", self._setup)
         self._stage("context", self._context)
         self._stage("predictor", self._predictor)
-        self._stage("warmup", self._warmup)
-        self._stage("before", lambda: self._measure("policy/warm"))
-        self._stage("align", self._align)
-        self._stage("after", lambda: self._measure("policy"))
+        if self.config.until == "align":
+            self._stage("warmup", self._warmup)
+            self._stage("before", lambda: self._measure("policy/warm"))
+            self._stage("align", self._align)
+            self._stage("after", lambda: self._measure("policy"))
         return self._summary()
 
     def _stage(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
@@ -104,16 +107,32 @@ class Pipeline:
             self.progress.step("predictor", number, total, eps=spent)
 
         theta = train_predictor(
-            self.agreement, self.rounds, self.run_dir, self.config.seed, self.config.predictor.server_lr, done
-        )
+            self.agreement, self.rounds, self.run_dir, self.config.seed, self.config.predictor.server_lr, done,
+            self._seen_predictor(),
+        )  # fmt: skip
         self.rounds.close()
         ask(self.federation, "freeze", parameters=theta.astype("<f4").tobytes())
         np.save(self.run_dir.path("predictor") / "parameters.npy", theta)
         self._stamp_folder("predictor")
         if not self.config.evaluation.truth:
             return {}
-        evaluator = self._measuring()
-        return {"alignment": {n: evaluator.predictor(q) for n, q in self._measured()}}
+        return {"alignment": self._predicted(self._measuring())}
+
+    def _predicted(self, evaluator: Evaluator) -> dict[str, Any]:
+        return {name: evaluator.predictor(qids) for name, qids in self._measured()}
+
+    def _seen_predictor(self) -> Callable[[int, np.ndarray], None]:
+        """What is measured of the predictor while it learns: rows of measurement.jsonl with `round` instead of `step`."""
+        every, total = self.config.evaluation.predictor_every, self.agreement.plan.rounds
+        known = {row.get("round") for row in self.run_dir.measurement} if every else set()
+
+        def seen(number: int, theta: np.ndarray) -> None:
+            if every and (number % every == 0 or number == total) and number not in known:
+                found = self._predicted(self._evaluator_of(theta.astype("<f4").tobytes()))
+                row = {"stamp": NOT_PRIVATE, "stage": "predictor", "round": number, **found}
+                self.run_dir.measurement.append(row)
+
+        return seen
 
     def _warmup(self) -> dict[str, Any]:
         c, task = self.config, self.agreement.task
@@ -177,7 +196,7 @@ class Pipeline:
         every = self.config.evaluation.every
         if not self.config.evaluation.truth or not every:
             return None
-        known = {row["step"] for row in self.run_dir.measurement}
+        known = {row.get("step") for row in self.run_dir.measurement}
         evaluator = self._measuring()
 
         def seen(step: int, qids: Any, answers: Any, row: dict[str, Any]) -> None:
@@ -238,10 +257,14 @@ class Pipeline:
 
     def _measuring(self) -> Evaluator:
         if self._evaluator is None:
-            c = self.config
-            truth = Truth.gather(self.agreement, ask(self.federation, "truth"))
-            self._evaluator = Evaluator(self.agreement, truth, c.task.style, c.evaluation.bootstrap, c.seed)
+            self._evaluator = self._evaluator_of(b"")
         return self._evaluator
+
+    def _evaluator_of(self, parameters: bytes) -> Evaluator:
+        """With the clients' predictions under `parameters`; those of the final predictor where there are none."""
+        c, replies = self.config, ask(self.federation, "truth", parameters=parameters)
+        truth = Truth.gather(self.agreement, replies)
+        return Evaluator(self.agreement, truth, c.task.style, c.evaluation.bootstrap, c.seed)
 
     def _stamp_folder(self, name: str) -> None:
         """Say beside the weights whether they are private, because folders are copied without their run."""
@@ -260,7 +283,7 @@ class Pipeline:
         c, run, agreement = self.config, self.run_dir, self.agreement
         stages = {name: run.stage_done(name) or {} for name in _STAGES}
         alignment = ceilings = closed = None
-        if c.evaluation.truth:
+        if c.evaluation.truth and c.until == "align":
             names = ("train", "heldout")
             alignment = {s: {"before": stages["before"][s], "after": stages["after"][s]} for s in names}
             ceilings = {s: self._measuring().ceilings(q) for s, q in self._measured()}
@@ -269,11 +292,12 @@ class Pipeline:
         private = statement(c, rows, agreement.plan.noise_multiplier, self.nominal)
         run.write_json(STATEMENT_JSON, private)
         atomic_write(run.path(STATEMENT_MD), markdown(private))
-        last = list(run.metrics)[-1] if len(run.metrics) else {}
+        last = next((row for row in reversed(list(run.metrics)) if "step" in row), {})
         summary = {
             "experiment": c.experiment,
             "seed": c.seed,
             "stamp": self.stamp,
+            "until": c.until,
             "groups": sorted(set(agreement.groups.values())),
             "questions": {
                 "context": len(agreement.plan.context), "train": len(self.train), "heldout": len(self.heldout),
@@ -290,7 +314,7 @@ class Pipeline:
             },
             "secagg": self._traffic(),
             "last_step": {k: last.get(k) for k in ("step", "reward", "fi", "h_mean", "soft_min")},
-            "seconds": {name: stage.get("seconds") for name, stage in stages.items()},
+            "seconds": {name: stage["seconds"] for name, stage in stages.items() if "seconds" in stage},
             "packages": environment(),
             "transcript_head": run.transcript.head,
         }  # fmt: skip

@@ -44,10 +44,12 @@ def train_predictor(
     seed: int,
     server_lr: float,
     progress: Callable[[int, float | None], None],
+    measure: Callable[[int, np.ndarray], None] = lambda done, theta: None,
 ) -> np.ndarray:
     """Run (or go on with) all rounds of the plan; returns the parameters (P,) float32.
 
-    The state after each round is on disk before the next begins. progress: called with (rounds done, highest epsilon).
+    The state after each round is on disk before the next begins. progress: called with (rounds done, highest epsilon);
+    measure: called with (rounds done, parameters (P,)).
     """
     path = run.path("predictor") / "state.npz"
     path.parent.mkdir(exist_ok=True)
@@ -77,6 +79,7 @@ def train_predictor(
         theta = theta - server_lr * _decay(done, total) * step
         # Reported first: a kill between the two repeats the round and reports it once more, and none is left out.
         progress(done, max((s for s in spent if s is not None), default=None))
+        measure(done, theta)
         _save(path, {"round": np.array(done), "theta": theta, "m": m, "v": v})
     return theta.astype(np.float32)
 
