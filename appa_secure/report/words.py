@@ -130,6 +130,12 @@ def headline(run: Run) -> list[str]:
     if not run.finished:
         return _unfinished(run)
     who = f"{len(run.groups)} groups of people" if run.groups else "several groups of people"
+    if run.get("until") == "predictor":
+        return [
+            f"A predictor learned how {who} answer survey questions. The run ends here by its own choice "
+            "(until=predictor): no language model was trained.",
+            *([said] if (said := predictor(run)) else []),
+        ]
     outcomes = [
         sentence
         for split, lead in (
@@ -185,7 +191,8 @@ def banner(run: Run) -> Banner | None:
             "Secure aggregation was OFF: the coordinator saw what every single group sent, including each "
             "group's rewards."
         )
-    if run.measurement or run.alignment("train", "after") or run.alignment("heldout", "after"):
+    measured = lookup(run.summary, "predictor") or run.measurement
+    if measured or run.alignment("train", "after") or run.alignment("heldout", "after"):
         reasons.append(
             "The groups' true answers were used to measure the result. The figures of this report that "
             "compare with true answers are not covered by the privacy guarantee."
