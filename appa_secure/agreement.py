@@ -16,6 +16,7 @@ from appa_secure.config import Config
 from appa_secure.data import Question, Split
 from appa_secure.journal import canonical_json
 from appa_secure.predictor import PredictorShape, PreferencePredictor
+from appa_secure.privacy import sensitivity
 from appa_secure.privacy.accounting import GaussianEvent, calibrate
 from appa_secure.privacy.ledger import Budget
 from appa_secure.privacy.plan import TrainingPlan
@@ -75,6 +76,19 @@ class Agreement:
     def needs_normaliser(self) -> bool:
         """Whether clients take the normaliser Z from the coordinator, whom they then trust with it."""
         return self.aggregation.kind == "appa" and self.aggregation.variant == "paper" and not self.cohort
+
+    @property
+    def histogram_release(self) -> tuple[str, float, GaussianEvent]:
+        """The release before training: its name in the ledger, the standard deviation of its noise, and its event."""
+        plan = self.plan
+        spread = sensitivity.histograms(plan.unit, plan.answers_per_unit)
+        if plan.mechanism == "histogram":
+            return (
+                "histograms",
+                plan.noise_multiplier * spread,
+                GaussianEvent(plan.noise_multiplier, 1.0, 1),
+            )
+        return "context", self.context_noise, GaussianEvent(self.context_noise / spread, 1.0, 1)
 
     @cached_property
     def task(self) -> str:
@@ -171,7 +185,7 @@ class Agreement:
 
 
 def make_plan(config: Config, run: str, split: Split) -> TrainingPlan:
-    """The training plan, with the least noise that keeps context and training within privacy.epsilon.
+    """The training plan, with the least noise that keeps everything a client releases within privacy.epsilon.
 
     Raises PrivacyError when no noise does.
     """
@@ -182,12 +196,15 @@ def make_plan(config: Config, run: str, split: Split) -> TrainingPlan:
             run=run, seed=config.seed, train=split.train, context=split.context, rounds=t.rounds,
             local_steps=t.local_steps, questions_per_step=min(t.questions_per_step, len(split.train)), lr=t.lr,
             private=p.enabled, unit=p.unit, clip=p.clip, sample_rate=p.sample_rate, noise_multiplier=noise,
-            answers_per_unit=p.answers_per_unit,
+            answers_per_unit=p.answers_per_unit, mechanism=p.mechanism,
         )  # fmt: skip
 
     draft = plan(0.0)
     if not p.enabled:
         return draft
+    if p.mechanism == "histogram":
+        # Context and training questions in one release: a unit is moved by one vector, so there is nothing to compose.
+        return plan(calibrate(p.epsilon, p.delta, p.accountant, [], 1.0, 1))
     fixed = [GaussianEvent(context_multiplier(config), 1.0, 1)]
     return plan(
         calibrate(p.epsilon, p.delta, p.accountant, fixed, p.sample_rate, draft.participations(t.rounds))
@@ -195,9 +212,9 @@ def make_plan(config: Config, run: str, split: Split) -> TrainingPlan:
 
 
 def context_multiplier(config: Config) -> float:
-    """Noise multiplier of the private context's release."""
-    spread = config.privacy.answers_per_unit**0.5 if config.privacy.unit == "respondent" else 1.0
-    return config.privacy.context_noise / spread
+    """Noise multiplier of the private context's own release (privacy.mechanism=dpsgd)."""
+    p = config.privacy
+    return p.context_noise / sensitivity.histograms(p.unit, p.answers_per_unit)
 
 
 def make_agreement(

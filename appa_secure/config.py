@@ -115,7 +115,7 @@ class PredictorConfig(Section):
     ff: Count = _about(128, "width of the feed-forward layers")
     mlp_depth: Count = _about(4, "layers of the input network")
     rounds: Count = _about(100, "federated rounds")
-    local_steps: Count = _about(1, "DP-SGD steps per client and round")
+    local_steps: Count = _about(1, "training steps per client and round")
     questions_per_step: Count = _about(64, "training questions asked in one step; public, each once per pass")
     lr: Positive = _about(0.1, "clients' learning rate (SGD); matters only with several local steps")
     server_lr: Positive = _about(3e-3, "coordinator's learning rate (Adam on the averaged update)")
@@ -148,9 +148,12 @@ class PrivacyConfig(Section):
     epsilon: Positive = _about(8.0, "privacy budget of each client for the whole run")
     delta: float = _about(1e-6, "probability left outside the guarantee", gt=0, lt=1)
     accountant: Literal["prv", "rdp"] = _about("prv", "Opacus accountant")
-    clip: Positive = _about(1.0, "largest gradient norm of one unit")
-    sample_rate: float = _about(0.1, "chance of a unit to be in a DP-SGD step", gt=0, le=1)
-    context_noise: float = _about(4.0, "standard deviation of the noise on context counts", ge=0)
+    clip: Positive = _about(1.0, "dpsgd: largest gradient norm of one unit")
+    sample_rate: float = _about(0.1, "dpsgd: chance of a unit to be in a step", gt=0, le=1)
+    mechanism: Literal["dpsgd", "histogram"] = _about(
+        "dpsgd", "noise in each training step, or once on all counts"
+    )
+    context_noise: float = _about(4.0, "dpsgd: standard deviation of the noise on context counts", ge=0)
     answers_per_unit: Count = _about(1, "unit=respondent: answers of one person that are used at most")
     secure_rng: bool = _about(
         True,
@@ -270,7 +273,9 @@ def compose(overrides: list[str]) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"the configuration cannot be composed: {error}") from error
     assert isinstance(tree, dict)
-    tree.pop("sweep", None)  # the study that an experiment declares: `declared_sweep`, for appa_secure.sweep alone
+    tree.pop(
+        "sweep", None
+    )  # the study that an experiment declares: `declared_sweep`, for appa_secure.sweep alone
     evaluation, data = tree["evaluation"], tree["data"]
     if evaluation.get("truth") is None:
         # An institution's own answers are measured against only when somebody asks for it.
@@ -323,7 +328,9 @@ def declared_sweep(experiment: str) -> list[dict[str, Any]]:
     grids = found.get("sweep", []) if isinstance(found, dict) else []
     grids = [grids] if isinstance(grids, dict) else grids
     if not all(isinstance(grid, dict) for grid in grids):
-        raise ConfigError(f"experiment={experiment}: sweep is not a mapping of fields to values, or a list of them")
+        raise ConfigError(
+            f"experiment={experiment}: sweep is not a mapping of fields to values, or a list of them"
+        )
     return [{str(key): value for key, value in grid.items()} for grid in grids]
 
 

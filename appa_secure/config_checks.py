@@ -193,7 +193,7 @@ def _privacy(c: Config) -> Iterator[Problem]:
             "privacy.answers_per_unit", privacy.answers_per_unit, "privacy.unit=response is one answer",
             "privacy.answers_per_unit=1, or privacy.unit=respondent",
         )  # fmt: skip
-    if privacy.context_noise == 0:
+    if privacy.context_noise == 0 and privacy.mechanism == "dpsgd":
         yield Problem(
             "privacy.context_noise", privacy.context_noise, "a context without noise has no privacy",
             "privacy.context_noise=4, or privacy=off",

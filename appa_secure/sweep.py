@@ -34,6 +34,7 @@ from appa_secure import records
 from appa_secure.config import Config, compose, declared_sweep, load, parse_overrides
 from appa_secure.errors import AppaError, ConfigError, RunError
 
+
 @dataclass(frozen=True)
 class Member:
     """One run of a sweep: what makes it different, how it is started, where it goes."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,6 @@ from appa_secure.messages import (
     unpack_vector,
 )
 from appa_secure.predictor import PreferencePredictor, context_points, predict, unflatten
-from appa_secure.privacy.accounting import GaussianEvent
 from appa_secure.privacy.ledger import Ledger
 from appa_secure.rewards import Scorer
 from appa_secure.secagg.client import ClientMachine
@@ -40,9 +39,9 @@ from appa_secure.secagg.driver import respond
 from appa_secure.secagg.errors import BadEncoding, ProtocolError, RemoteMisbehaviour, ReplayedRound
 from appa_secure.secagg.keys import COORDINATOR, IdentityKey
 from appa_secure.tasks import parse
-from clients.context import private_context, raw_context, sensitivity
+from clients.context import private_histograms, raw_shares
 from clients.store import ClientStore
-from clients.training import LocalTrainer
+from clients.training import LocalTrainer, ShareTrainer, Trainer
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Client:
         )
         self._machines: dict[str, ClientMachine] = {}
         self._model = PreferencePredictor(agreement.predictor)
-        self._trainer: LocalTrainer | None = None
+        self._trainer: Trainer | None = None
         self._scorer: Scorer | None = None
         self._handlers: dict[str, Callable[[Mapping[str, Any]], bytes]] = {
             "setup": self._setup,
@@ -149,8 +148,8 @@ class Client:
     def _context(self, body: Mapping[str, Any]) -> bytes:
         a, plan = self.agreement, self.agreement.plan
         # Which questions a group was asked is public; the others would enter as pure noise.
-        sizes = {q: len(self._embeddings[q]) for q in plan.context if self._data.has(q)}
-        if not sizes:
+        sizes = {q: len(self._embeddings[q]) for q in plan.released if self._data.has(q)}
+        if not any(q in sizes for q in plan.context):
             raise Refusal(
                 "NoContext", "this group was asked none of the context questions; raise data.context"
             )
@@ -158,24 +157,25 @@ class Client:
         if not self._state["context"]:
             if plan.private:
                 assert self._ledger is not None
-                spread = sensitivity(plan.unit, plan.answers_per_unit)
-                rows = [self._ledger.charge("context", GaussianEvent(a.context_noise / spread, 1.0, 1))]
-                shares, per_question = private_context(
-                    self._data, sizes, plan.unit, plan.answers_per_unit, a.context_noise, self._state["noise_key"],
-                    plan.run, a.question_order,
+                name, std, event = a.histogram_release
+                rows = [self._ledger.charge(name, event)]
+                shares, per_question = private_histograms(
+                    self._data, sizes, plan.unit, plan.answers_per_unit, std, self._state["noise_key"],
+                    f"{name}/{plan.run}", a.question_order,
                 )  # fmt: skip
             else:
-                shares, per_question = raw_context(self._data, sizes), 1.0
+                shares, per_question = raw_shares(self._data, sizes), 1.0
             self._state["context"] = {q: s.tobytes() for q, s in shares.items()}
             self._state["per_question"] = pack_float(per_question)
         return pack(REPLIES, "context", ledger=json.dumps(rows).encode())
 
-    def _shares(self) -> dict[str, np.ndarray]:
+    def _shares(self, questions: Sequence[str]) -> dict[str, np.ndarray]:
+        """The shares that were released at the beginning, of those of `questions` that the group was asked."""
         if not self._state["context"]:
             raise Refusal("OutOfOrder", "the private context has not been made yet")
         # In the plan's order: a reloaded state lists its keys in another, and sums of floats depend on it.
         kept = self._state["context"]
-        return {q: np.frombuffer(kept[q]) for q in self.agreement.plan.context if q in kept}
+        return {q: np.frombuffer(kept[q]).copy() for q in questions if q in kept}
 
     # -- secure aggregation ----------------------------------------------------------------------------------------
 
@@ -234,7 +234,7 @@ class Client:
             raise ReplayedRound(COORDINATOR, f"predictor round {index + 1} was answered for other parameters")
         trainer = self._local_trainer()
         rows: list[dict[str, Any]] = []
-        if self._ledger is not None:
+        if self._ledger is not None and plan.noisy_rounds:
             # Rounds this client missed are paid for too: a later round's own event assumes that they took place.
             first = min(done["round"] + 1, index) if done else 0
             rows = [self._ledger.charge(f"predictor/{i + 1}", plan.event(i)) for i in range(first, index + 1)]
@@ -247,13 +247,18 @@ class Client:
         message = self._send("train", body, update, self.agreement.predictor_layout)
         return pack(REPLIES, "train", message=message, ledger=json.dumps(rows).encode())
 
-    def _local_trainer(self) -> LocalTrainer:
+    def _local_trainer(self) -> Trainer:
         if self._trainer is None:
-            per_question = unpack_float(self._state.get("per_question", b""), "own store", "per_question")
-            self._trainer = LocalTrainer(
-                self.agreement.plan, self._data, self._embeddings, self._shares(), per_question or 1.0,
-                self.agreement.question_order, self._state["noise_key"],
-            )  # fmt: skip
+            plan, context = self.agreement.plan, self._shares(self.agreement.plan.context)
+            if plan.noisy_rounds:
+                per_question = unpack_float(self._state.get("per_question", b""), "own store", "per_question")
+                self._trainer = LocalTrainer(
+                    plan, self._data, self._embeddings, context, per_question or 1.0,
+                    self.agreement.question_order, self._state["noise_key"],
+                )  # fmt: skip
+            else:
+                shares = self._shares(plan.train) if plan.private else raw_shares(self._data, plan.train)
+                self._trainer = ShareTrainer(plan, self._embeddings, context, shares)
         return self._trainer
 
     def _freeze(self, body: Mapping[str, Any]) -> bytes:
@@ -273,7 +278,8 @@ class Client:
     def _predictions(self, vector: np.ndarray, kind: str) -> dict[str, np.ndarray]:
         """This group's predicted preferences for every question under the predictor's parameters `vector` (P,)."""
         unflatten(self._model, vector)
-        shares, asked = self._shares(), self.agreement.question_order
+        plan, asked = self.agreement.plan, self.agreement.question_order
+        shares = self._shares(plan.context)
         points = context_points([self._embeddings[q] for q in shares], list(shares.values()))
         predicted = predict(self._model, points, [self._embeddings[q] for q in asked])
         if not all(np.isfinite(p).all() for p in predicted):

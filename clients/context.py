@@ -1,14 +1,14 @@
-"""The private context: one noisy release of a client's context answers, made once and kept at the client.
+"""Private histograms: one noisy release of a client's answers, made once and kept at the client.
 
-The predictor is in-context: it reads a group's preferences at every reward query. Computing these points once with the
-Gaussian mechanism makes every later use of them post-processing. They still never leave the client, because whoever
-holds a group's context can compute that group's rewards.
+The predictor is in-context: it reads a group's preferences at every reward query. Computing the context once with the
+Gaussian mechanism makes every later use of it post-processing. With `privacy.mechanism=histogram` the training
+questions are part of the same release, and training is post-processing too. Histograms still never leave the client,
+because whoever holds a group's context can compute that group's rewards.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -16,16 +16,7 @@ from appa_secure.data import GroupData
 from appa_secure.privacy.noise import gaussian, sampler
 
 
-def sensitivity(unit: str, answers_per_unit: int) -> float:
-    """L2 sensitivity of the released context under add/remove of one privacy unit.
-
-    response: one count changes by 1. respondent: at most `answers_per_unit` counts, of different questions, change by
-    1 each. record: one question's distribution appears or disappears, and no distribution is longer than 1.
-    """
-    return math.sqrt(answers_per_unit) if unit == "respondent" else 1.0
-
-
-def private_context(
+def private_histograms(
     data: GroupData,
     sizes: Mapping[str, int],
     unit: str,
@@ -35,15 +26,15 @@ def private_context(
     label: str,
     question_order: Sequence[str],
 ) -> tuple[dict[str, np.ndarray], float]:
-    """Noisy preference shares of the context questions, and the noisy mean number of answers per question.
+    """Noisy preference shares of the questions in `sizes`, and the noisy mean number of answers per question.
 
-    sizes: context question the group was asked (public) -> number of options K. noise: standard deviation in counts
-    (unit record: in shares).
+    sizes: question the group was asked (public) -> number of options K. noise: standard deviation in counts (unit
+    record: in shares); one unit moves all counts together by at most `sensitivity.histograms`. label names the release.
     Returns question -> (K,) shares on the simplex; and the mean over questions of the noisy totals, >= 1.
     """
     raw = _bounded_counts(data, sizes, unit, answers_per_unit, key, question_order)
     flat = np.concatenate([raw[q] for q in sizes])
-    noisy = flat + gaussian(key, f"context/{label}", len(flat), noise)
+    noisy = flat + gaussian(key, label, len(flat), noise)
     shares, totals, at = {}, [], 0
     for q, k in sizes.items():
         shares[q] = to_simplex(noisy[at : at + k])
@@ -52,9 +43,9 @@ def private_context(
     return shares, max(1.0, float(np.mean(totals)))
 
 
-def raw_context(data: GroupData, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """True shares of the context questions; for runs without privacy only."""
-    return {q: data.distribution(q) for q in sizes}
+def raw_shares(data: GroupData, questions: Iterable[str]) -> dict[str, np.ndarray]:
+    """True shares of those of `questions` that the group was asked; for runs without privacy only."""
+    return {q: data.distribution(q) for q in questions if data.has(q)}
 
 
 def to_simplex(counts: np.ndarray) -> np.ndarray:

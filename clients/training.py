@@ -1,4 +1,4 @@
-"""Local DP-SGD on one client: private context, unit sampling, per-unit clipping, noise.
+"""Local training on one client: DP-SGD (unit sampling, per-unit clipping, noise), or plain steps on released shares.
 
 The loss of a record depends on that record and on the *private* context only, so per-unit gradients are per unit and
 Opacus's clipping and accounting apply as they are. Answers of one group to one question with one option have one
@@ -98,8 +98,65 @@ def _finite(grads: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     return [torch.where(finite[:, None], g, 0.0) for g in grads], torch.where(finite, norms, 0.0)
 
 
-class LocalTrainer:
-    """One client's side of a predictor round; holds embeddings, private context and the raw training answers."""
+class Trainer:
+    """One client's side of a predictor round: `local_steps` steps on the plan's public schedule of questions."""
+
+    def __init__(
+        self, plan: TrainingPlan, embeddings: dict[str, np.ndarray], context: dict[str, np.ndarray]
+    ) -> None:
+        """context: asked context question -> its distribution (K,), private unless the plan is not."""
+        self.plan, self.embeddings = plan, embeddings
+        self.points = context_points([embeddings[q] for q in context], list(context.values()))
+
+    def round(self, vector: np.ndarray, round_index: int, model: PreferencePredictor) -> np.ndarray:
+        """Train `local_steps` from the parameters `vector` (P,); returns the pseudo-gradient (start - end) / lr, (P,)."""
+        unflatten(model, vector)
+        start = flatten(model).astype(np.float64)
+        label = f"{self.plan.run}/{round_index}/{hashlib.sha256(start.tobytes()).hexdigest()}"
+        for step, questions in enumerate(self.plan.steps(round_index)):
+            self._step(model, questions, f"{label}/{step}")
+        return (start - flatten(model).astype(np.float64)) / self.plan.lr
+
+    def _step(self, model: PreferencePredictor, questions: Sequence[str], label: str) -> None:
+        raise NotImplementedError
+
+
+class ShareTrainer(Trainer):
+    """Plain gradient steps on shares: post-processing of private histograms, or, without privacy, of the true ones."""
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        embeddings: dict[str, np.ndarray],
+        context: dict[str, np.ndarray],
+        shares: dict[str, np.ndarray],
+    ) -> None:
+        """shares: asked training question -> the distribution (K,) to learn."""
+        super().__init__(plan, embeddings, context)
+        self.shares = shares
+
+    def _step(self, model: PreferencePredictor, questions: Sequence[str], label: str) -> None:
+        """Mean cross entropy over the asked questions of the step."""
+        here = [q for q in questions if q in self.shares]
+        if not here:
+            return
+        optimizer = torch.optim.SGD(model.parameters(), lr=self.plan.lr)
+        optimizer.zero_grad()
+        targets, mask = pad_options([self.embeddings[q] for q in here])
+        wanted = torch.zeros(mask.shape)
+        for i, q in enumerate(here):
+            wanted[i, : len(self.shares[q])] = torch.from_numpy(self.shares[q])
+        model.train()
+        likely = log_likelihood(model(self.points.expand(len(targets), -1, -1), targets), mask).masked_fill(
+            ~mask, 0.0
+        )
+        (-(wanted * likely).sum() / len(here)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+class LocalTrainer(Trainer):
+    """DP-SGD on the raw training answers, which it holds beside the private context."""
 
     def __init__(
         self,
@@ -112,32 +169,17 @@ class LocalTrainer:
         noise_key: bytes,
     ) -> None:
         """context: asked context question -> private distribution (K,); responses_per_question: its noisy mean."""
-        self.plan, self.embeddings = plan, embeddings
-        self.points = context_points([embeddings[q] for q in context], list(context.values()))
+        super().__init__(plan, embeddings, context)
         self.noise_key = noise_key
         self.expected = max(responses_per_question, 1.0)
         self.counts = {q: np.rint(data.counts[q]).astype(np.int64) for q in plan.train if data.has(q)}
         self.shares = {q: data.distribution(q) for q in self.counts}
         self.people = (
-            _bounded_rows(data, plan, question_order, noise_key)
-            if plan.unit == "respondent" and plan.private
-            else None
+            _bounded_rows(data, plan, question_order, noise_key) if plan.unit == "respondent" else None
         )
-
-    def round(self, vector: np.ndarray, round_index: int, model: PreferencePredictor) -> np.ndarray:
-        """Train `local_steps` from the parameters `vector` (P,); returns the pseudo-gradient (start - end) / lr, (P,)."""
-        unflatten(model, vector)
-        start = flatten(model).astype(np.float64)
-        label = f"{self.plan.run}/{round_index}/{hashlib.sha256(start.tobytes()).hexdigest()}"
-        for step, questions in enumerate(self.plan.steps(round_index)):
-            self._step(model, questions, f"{label}/{step}")
-        return (start - flatten(model).astype(np.float64)) / self.plan.lr
 
     def _step(self, model: PreferencePredictor, questions: Sequence[str], label: str) -> None:
         here, points = [q for q in questions if q in self.counts], self.points
-        if not self.plan.private:
-            self._plain_step(model, here, points)
-            return
         examples = self._sample(here, sampler(self.noise_key, f"sample/{label}"))
         std = self.plan.noise_multiplier * self.plan.clip
         wrapped = GradSampleModule(model, batch_first=True, loss_reduction="sum")
@@ -186,24 +228,6 @@ class LocalTrainer:
         optimizer.original_optimizer.step()
         for p in optimizer.params:
             p.grad = p.summed_grad = None
-
-    def _plain_step(self, model: PreferencePredictor, questions: Sequence[str], points: Tensor) -> None:
-        """One non-private step: mean cross entropy over the questions of the step."""
-        optimizer = torch.optim.SGD(model.parameters(), lr=self.plan.lr)
-        optimizer.zero_grad()
-        if not questions:
-            return
-        targets, mask = pad_options([self.embeddings[q] for q in questions])
-        wanted = torch.zeros(mask.shape)
-        for i, q in enumerate(questions):
-            wanted[i, : len(self.shares[q])] = torch.from_numpy(self.shares[q])
-        model.train()
-        likely = log_likelihood(model(points.expand(len(targets), -1, -1), targets), mask).masked_fill(
-            ~mask, 0.0
-        )
-        (-(wanted * likely).sum() / len(questions)).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
     def _sample(self, questions: Sequence[str], rng: np.random.Generator) -> Examples:
         """Draw a Poisson sample of privacy units at the plan's rate."""

@@ -101,6 +101,7 @@ class Pipeline:
         known = {row.get("round") for row in self.run_dir.metrics}
 
         def done(number: int, spent: float | None) -> None:
+            spent = self._epsilon() if spent is None else spent  # rounds on histograms pay nothing more
             if number not in known:
                 row = {"stamp": self._trained, "stage": "predictor", "round": number, "epsilon": spent}
                 self.run_dir.metrics.append(row)
@@ -292,7 +293,7 @@ class Pipeline:
         private = statement(c, rows, agreement.plan.noise_multiplier, self.nominal)
         run.write_json(STATEMENT_JSON, private)
         atomic_write(run.path(STATEMENT_MD), markdown(private))
-        last = next((row for row in reversed(list(run.metrics)) if "step" in row), {})
+        last: dict[str, Any] = next((row for row in reversed(list(run.metrics)) if "step" in row), {})
         summary = {
             "experiment": c.experiment,
             "seed": c.seed,

@@ -48,7 +48,7 @@ def test_every_agreed_field_changes_the_digest(agreement) -> None:
         "run": "x", "seed": 2, "train": ("q4",), "context": ("q0",), "rounds": 9, "local_steps": 2,
         "clip": 2.0, "questions_per_step": 2, "lr": 0.2, "private": False,
         "unit": "record",
-        "sample_rate": 0.1, "noise_multiplier": 1.0, "answers_per_unit": 7,
+        "sample_rate": 0.1, "noise_multiplier": 1.0, "answers_per_unit": 7, "mechanism": "histogram",
     }  # fmt: skip
     assert {f.name for f in fields(agreement.plan)} == set(plans)
     changed += [replace(agreement, plan=replace(agreement.plan, **{k: v})) for k, v in plans.items()]
@@ -153,6 +153,24 @@ def test_the_plan_spends_the_budget_and_no_more(unit: str) -> None:
         return epsilon([context, GaussianEvent(noise, c.privacy.sample_rate, count)], c.privacy.delta, "rdp")
 
     assert cost(plan.noise_multiplier) <= 6.0 < cost(plan.noise_multiplier / 1.01)
+
+
+@pytest.mark.parametrize("unit", ["response", "record", "respondent"])
+def test_histograms_are_the_plans_one_event_and_take_the_whole_budget(unit: str, tmp_path: Path) -> None:
+    bound = 4 if unit == "respondent" else 1
+    c = config(unit=unit, epsilon=2.0, answers_per_unit=bound, mechanism="histogram")
+    plan = make_plan(c, "run", SPLIT)
+    assert not plan.noisy_rounds
+    assert plan.released == SPLIT.context + SPLIT.train
+    a = replace(make_world(tmp_path).agreement, plan=plan)
+    name, std, event = a.histogram_release
+    assert (name, event) == ("histograms", GaussianEvent(plan.noise_multiplier, 1.0, 1))
+    assert std == pytest.approx(plan.noise_multiplier * np.sqrt(bound))
+    assert epsilon([event], c.privacy.delta, "rdp") <= 2.0
+    louder = replace(event, noise_multiplier=event.noise_multiplier / 1.01)
+    assert epsilon([louder], c.privacy.delta, "rdp") > 2.0
+    off = make_plan(config(enabled=False, mechanism="histogram"), "run", SPLIT)
+    assert off.released == SPLIT.context  # without privacy there is nothing to release
 
 
 def test_without_privacy_there_is_no_noise_and_without_room_no_plan() -> None:

@@ -1,4 +1,4 @@
-"""The training plan: everything about the predictor's DP-SGD that is public and the same on every client.
+"""The training plan: everything about the predictor's training that is public and the same on every client.
 
 Which questions a step looks at is fixed in advance and public (question texts are); which answers to them are used is
 a secret Poisson draw at the client. An answer to one question can therefore take part only in the steps that ask its
@@ -20,7 +20,8 @@ from appa_secure.privacy.accounting import GaussianEvent
 class TrainingPlan:
     """One federated training of the predictor.
 
-    train, context: question ids; noise_multiplier is 0 exactly when `private` is False.
+    train, context: question ids; noise_multiplier is 0 exactly when `private` is False, and of the DP-SGD rounds
+    (mechanism "dpsgd") or of the one release of histograms ("histogram").
     """
 
     run: str
@@ -37,6 +38,17 @@ class TrainingPlan:
     sample_rate: float
     noise_multiplier: float
     answers_per_unit: int
+    mechanism: str = "dpsgd"
+
+    @property
+    def noisy_rounds(self) -> bool:
+        """Whether training rounds release anything: DP-SGD's do; on histograms training is post-processing."""
+        return self.private and self.mechanism == "dpsgd"
+
+    @property
+    def released(self) -> tuple[str, ...]:
+        """Questions of the release that is made before training."""
+        return self.context + self.train if self.private and self.mechanism == "histogram" else self.context
 
     @cached_property
     def steps_per_pass(self) -> int:

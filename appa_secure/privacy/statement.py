@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from appa_secure.config import Config
+from appa_secure.privacy import sensitivity
 
 _UNITS = {
     "response": "one person's answer to one question",
@@ -17,7 +18,7 @@ _UNITS = {
 def statement(
     config: Config, rows: Sequence[Mapping[str, Any]], noise_multiplier: float, nominal: bool
 ) -> dict[str, Any]:
-    """The statement as data. rows: the run's ledger; noise_multiplier: of the predictor's DP-SGD, 0 without privacy."""
+    """The statement as data. rows: the run's ledger; noise_multiplier: the plan's, 0 without privacy."""
     p = config.privacy
     spent: dict[str, float] = {}
     for row in rows:
@@ -33,25 +34,7 @@ def statement(
         "epsilon_of_a_person_in_several_groups": _several(spent),
         "secure_rng": p.secure_rng,
         "budget": p.epsilon,
-        "mechanisms": [
-            {
-                "name": "private context",
-                "kind": "Gaussian",
-                "noise_multiplier": _context(config),
-                "releases": 1,
-            },
-            {
-                "name": "preference predictor",
-                "kind": "DP-SGD: Poisson-subsampled Gaussian, per-unit clipping",
-                "noise_multiplier": noise_multiplier,
-                "sample_rate": p.sample_rate,
-                "clip": p.clip,
-                "rounds": config.predictor.rounds,
-                "local_steps": config.predictor.local_steps,
-            },
-        ]
-        if p.enabled
-        else [],
+        "mechanisms": _mechanisms(config, noise_multiplier) if p.enabled else [],
         "post_processing": "rewards, alignment histories, fairness indices, the policy and its checkpoints",
         "noise_source": "secret key of each client" if p.secure_rng else "derived from the run's seed",
         "nominal_respondents": config.data.nominal_respondents if nominal else None,
@@ -75,9 +58,34 @@ def _seed_warning(s: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _context(config: Config) -> float:
-    bound = config.privacy.answers_per_unit**0.5 if config.privacy.unit == "respondent" else 1.0
-    return config.privacy.context_noise / bound
+def _mechanisms(config: Config, noise_multiplier: float) -> list[dict[str, Any]]:
+    p, t = config.privacy, config.predictor
+    if p.mechanism == "histogram":
+        return [
+            {
+                "name": "histograms of all context and training questions",
+                "kind": "Gaussian",
+                "noise_multiplier": noise_multiplier,
+                "releases": 1,
+            }
+        ]
+    return [
+        {
+            "name": "private context",
+            "kind": "Gaussian",
+            "noise_multiplier": p.context_noise / sensitivity.histograms(p.unit, p.answers_per_unit),
+            "releases": 1,
+        },
+        {
+            "name": "preference predictor",
+            "kind": "DP-SGD: Poisson-subsampled Gaussian, per-unit clipping",
+            "noise_multiplier": noise_multiplier,
+            "sample_rate": p.sample_rate,
+            "clip": p.clip,
+            "rounds": t.rounds,
+            "local_steps": t.local_steps,
+        },
+    ]
 
 
 def _not_covered(config: Config, nominal: bool) -> list[str]:

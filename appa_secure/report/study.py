@@ -114,8 +114,11 @@ class Study:
             return [(first, other) for other in others]
         if by not in self.fields:
             known = ", ".join(field for field in self.fields if field != "seed")
-            raise ConfigError(f"--by {by}: does not vary in this sweep. Fix: one of {known or 'no field varies'}")
-        found, first_of = [], {}
+            raise ConfigError(
+                f"--by {by}: does not vary in this sweep. Fix: one of {known or 'no field varies'}"
+            )
+        found: list[tuple[str, str]] = []
+        first_of: dict[tuple[tuple[str, str], ...], str] = {}
         for condition, values in self.conditions.items():
             rest = tuple((key, value) for key, value in values.items() if key != by)
             reference = first_of.setdefault(rest, condition)
@@ -131,7 +134,9 @@ def load_study(root: Path) -> Study:
         raise RunError(f"{root} has no {records.SWEEP}: name a folder that appa-secure sweep made")
     noted = json.loads(path.read_text("utf-8"))
     fields = tuple(noted["fields"])
-    runs = {name: load_run(root / name) for name in noted["runs"] if (root / name / records.SUMMARY).is_file()}
+    runs = {
+        name: load_run(root / name) for name in noted["runs"] if (root / name / records.SUMMARY).is_file()
+    }
     if not runs:
         raise RunError(f"{root}: none of its runs has finished; repeat the sweep")
     conditions: dict[str, dict[str, str]] = {}
@@ -155,7 +160,8 @@ def write_results(study: Study, path: Path) -> None:
     frame = study.frame.copy()
     for name in frame.columns:
         kinds = {type(value) for value in frame[name].dropna()}
-        if frame[name].dtype == object and kinds - {str, bool} or len(kinds) > 1:
+        mixed = frame[name].dtype == object and bool(kinds - {str, bool})
+        if mixed or len(kinds) > 1:
             frame[name] = frame[name].map(str, na_action="ignore")
     temporary = path.with_name(f".{path.name}.tmp")
     frame.to_parquet(temporary, index=False)
@@ -173,14 +179,18 @@ def _words(varied: Mapping[str, str], fields: Sequence[str]) -> str:
 
 
 def _columns(config: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {key: value for key, value in flatten(config).items() if key not in ("seed", "name", "output_root")}
+    flat = {
+        key: value for key, value in flatten(config).items() if key not in ("seed", "name", "output_root")
+    }
     return {key: json.dumps(value) if isinstance(value, list) else value for key, value in flat.items()}
 
 
 def _rows(run: Run) -> Iterator[dict[str, Any]]:
     head = {"seed": run.get("seed"), "stamp": run.summary.get("stamp")}
 
-    def row(part: str, split: str | None, group: str | None, metric: str, value: Any, number: int | None = None) -> Any:
+    def row(
+        part: str, split: str | None, group: str | None, metric: str, value: Any, number: int | None = None
+    ) -> Any:
         return head | {
             "part": part, "split": split, "group": group, "round": number, "metric": metric, "value": float(value),
         }  # fmt: skip
@@ -202,7 +212,9 @@ def _rows(run: Run) -> Iterator[dict[str, Any]]:
             for part, where in (("ceiling", "ceiling"), ("run", "gap_closed")):
                 value = lookup(run.summary, f"{where}.{split}.{metric}")
                 if isinstance(value, int | float):
-                    yield row(part, split, None, metric if part == "ceiling" else f"gap_closed_{metric}", value)
+                    yield row(
+                        part, split, None, metric if part == "ceiling" else f"gap_closed_{metric}", value
+                    )
         for measured in run.measurement:
             if isinstance(number := measured.get("round"), int):
                 for name, found in (measured.get(split) or {}).items():

@@ -9,7 +9,16 @@ from appa_secure import __version__
 from appa_secure.records import REPORT, RESULTS, atomic_write
 from appa_secure.report import study_plots
 from appa_secure.report.html import environment, figure
-from appa_secure.report.study import METRICS, PARTS, SPLITS, Difference, Estimate, Study, load_study, write_results
+from appa_secure.report.study import (
+    METRICS,
+    PARTS,
+    SPLITS,
+    Difference,
+    Estimate,
+    Study,
+    load_study,
+    write_results,
+)
 from appa_secure.report.tables import markdown
 from appa_secure.report.words import banner
 
@@ -34,7 +43,8 @@ def render_study(root: Path, by: str | None = None) -> Path:
         name=root.resolve().name,
         runs=len(study.runs),
         parts=[
-            (PARTS[part], means_table(study, part), differences_table(study, part, pairs)) for part in study.parts()
+            (PARTS[part], means_table(study, part), differences_table(study, part, pairs))
+            for part in study.parts()
         ],
         heads=(means_heads(), DIFFERENCE_HEADS),
         figures=[(drawing.caption, figure(drawing.svg, drawing.caption)) for drawing in drawings],
@@ -75,7 +85,9 @@ def means_table(study: Study, part: str) -> list[list[str]]:
         if all(one is None for one in found):
             continue
         seeds = max(one.n for one in found if one is not None)
-        texts = [_estimate(one, _DIGITS[metric]) for one, metric in zip(found, list(METRICS) * 2, strict=True)]
+        texts = [
+            _estimate(one, _DIGITS[metric]) for one, metric in zip(found, list(METRICS) * 2, strict=True)
+        ]
         lines.append([condition, str(seeds), *texts, _epsilon(study, condition)])
     return lines
 

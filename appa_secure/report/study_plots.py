@@ -72,7 +72,9 @@ def _plane(study: Study, part: str, split: str, name: str) -> Drawing:
                 label=shorten(condition, 40),
             )  # fmt: skip
             one, other = (study.values(condition, part, split, metric) for metric in ("avg", "min"))
-            axes.plot([one[s] for s in one], [other[s] for s in one], ".", color=colour, markersize=3, alpha=0.6)
+            axes.plot(
+                [one[s] for s in one], [other[s] for s in one], ".", color=colour, markersize=3, alpha=0.6
+            )
         axes.set_xlabel(f"average group, {name} questions")
         axes.set_title("worst-off group", loc="left", fontsize=10, color=MUTED)
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -146,16 +148,22 @@ def _band(axes: Axes, points: list[tuple[float, Estimate]], colour: str, dash: s
 
 def _curves(study: Study, split: str, name: str) -> Drawing:
     f = study.frame
-    rows = f[(f["part"] == "predictor.own") & (f["split"] == split) & (f["metric"] == "avg") & f["round"].notna()]
+    rows = f[
+        (f["part"] == "predictor.own") & (f["split"] == split) & (f["metric"] == "avg") & f["round"].notna()
+    ]
 
     def paint(axes: Axes) -> None:
         for index, condition in enumerate(study.conditions):
             mine = rows[rows["condition"] == condition]
-            points = [(float(at), Estimate.of(part["value"].tolist())) for at, part in mine.groupby("round")]
+            points = [
+                (float(str(at)), Estimate.of(part["value"].tolist())) for at, part in mine.groupby("round")
+            ]
             points = [(at, e) for at, e in points if math.isfinite(e.mean)]
             _band(axes, points, LINES[index % len(LINES)], "-", shorten(condition, 40))
         axes.set_xlabel("round of predictor training")
-        axes.set_title(f"average alignment of own predictions, {name} questions", loc="left", fontsize=10, color=MUTED)
+        axes.set_title(
+            f"average alignment of own predictions, {name} questions", loc="left", fontsize=10, color=MUTED
+        )
 
     caption = f"The predictor while it learns, {name} questions: means with 95 % intervals over seeds"
     return _draw(f"curve_{split}", caption, paint)

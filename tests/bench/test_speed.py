@@ -26,7 +26,8 @@ from appa_secure.secagg import (
 )
 from appa_secure.secagg.driver import in_process, respond, run_epoch_setup, run_round
 from appa_secure.secagg.masks import apply_masks
-from clients.training import LocalTrainer
+from clients.context import raw_shares
+from clients.training import LocalTrainer, ShareTrainer, Trainer
 
 pytestmark = pytest.mark.bench
 
@@ -99,13 +100,15 @@ def test_private_step_against_plain_step(unit: str) -> None:
     model = PreferencePredictor(PredictorShape(384, 64, 3))
     start = flatten(model)
 
-    def trainer(private: bool) -> LocalTrainer:
+    def trainer(private: bool) -> Trainer:
         plan = TrainingPlan(
             run="bench", seed=1, train=tuple(qids[20:]), context=tuple(qids[:20]), rounds=1, local_steps=1,
             questions_per_step=64, lr=0.1, private=private, unit=unit, clip=1.0, sample_rate=0.5,
             noise_multiplier=1.0, answers_per_unit=1,
         )  # fmt: skip
         shares = {q: np.full(4, 0.25) for q in qids[:20]}
+        if not private:
+            return ShareTrainer(plan, embeddings, shares, raw_shares(data, plan.train))
         return LocalTrainer(plan, data, embeddings, shares, 700.0, qids, bytes(32))
 
     dp, sgd = trainer(True), trainer(False)

@@ -10,7 +10,8 @@ from scipy import stats
 
 from appa_secure.data import GroupData, Responses
 from appa_secure.data.survey import counts_of
-from clients.context import _bounded_counts, private_context, raw_context, sensitivity, to_simplex
+from appa_secure.privacy.sensitivity import histograms as sensitivity
+from clients.context import _bounded_counts, private_histograms, raw_shares, to_simplex
 from tests.clients.world import KEY, make_group, make_questions
 
 QUESTIONS = make_questions(8)
@@ -97,7 +98,7 @@ def test_the_noise_is_gaussian_of_the_stated_size_before_projection(
     errors = []
     for i in range(300):
         seen.clear()
-        private_context(data, SIZES, unit, 2, 3.0, i.to_bytes(32, "big"), "run", QIDS)
+        private_histograms(data, SIZES, unit, 2, 3.0, i.to_bytes(32, "big"), "run", QIDS)
         errors.append(np.concatenate(seen) - flat(data, unit, 2, i.to_bytes(32, "big")))
     assert stats.kstest(np.concatenate(errors) / 3.0, "norm").pvalue > 1e-4
 
@@ -105,9 +106,11 @@ def test_the_noise_is_gaussian_of_the_stated_size_before_projection(
 @pytest.mark.parametrize("unit", ["response", "respondent", "record"])
 def test_it_is_a_distribution_and_never_the_raw_one(unit: str) -> None:
     data = make_group("g", QUESTIONS, people=200)
-    raw = raw_context(data, SIZES)
+    raw = raw_shares(data, SIZES)
     for i in range(50):
-        shares, per_question = private_context(data, SIZES, unit, 3, 2.0, i.to_bytes(32, "big"), "run", QIDS)
+        shares, per_question = private_histograms(
+            data, SIZES, unit, 3, 2.0, i.to_bytes(32, "big"), "run", QIDS
+        )
         assert list(shares) == list(SIZES)
         for q, p in shares.items():
             assert p.shape == (SIZES[q],)
@@ -119,13 +122,13 @@ def test_it_is_a_distribution_and_never_the_raw_one(unit: str) -> None:
 
 def test_noise_enters_every_asked_question_and_the_estimated_total() -> None:
     data = make_group("g", QUESTIONS, people=200)
-    first, total = private_context(data, SIZES, "response", 1, 2.0, KEY, "run", QIDS)
-    second, other = private_context(data, SIZES, "response", 1, 2.0, bytes(32), "run", QIDS)
+    first, total = private_histograms(data, SIZES, "response", 1, 2.0, KEY, "run", QIDS)
+    second, other = private_histograms(data, SIZES, "response", 1, 2.0, bytes(32), "run", QIDS)
     assert all(not np.array_equal(first[q], second[q]) for q in SIZES)
     true = np.mean([data.counts[q].sum() for q in SIZES])
     assert total != other != true
     assert abs(total - true) < 6 * 2.0 * np.sqrt(sum(SIZES.values())) / len(SIZES)
-    again, same = private_context(data, SIZES, "response", 1, 2.0, KEY, "run", QIDS)
+    again, same = private_histograms(data, SIZES, "response", 1, 2.0, KEY, "run", QIDS)
     assert same == total
     assert all(np.array_equal(first[q], again[q]) for q in SIZES)
 
@@ -135,7 +138,7 @@ def test_it_does_not_depend_on_answers_outside_the_context() -> None:
     assert data.responses is not None
     fewer = without(data, data.responses.question < 5)
     for unit in ("response", "record"):
-        a, b = (private_context(d, SIZES, unit, 1, 2.0, KEY, "run", QIDS)[0] for d in (data, fewer))
+        a, b = (private_histograms(d, SIZES, unit, 1, 2.0, KEY, "run", QIDS)[0] for d in (data, fewer))
         assert all(np.array_equal(a[q], b[q]) for q in SIZES)
 
 

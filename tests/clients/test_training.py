@@ -17,7 +17,17 @@ from appa_secure.data import GroupData, Responses
 from appa_secure.data.survey import counts_of
 from appa_secure.predictor import PreferencePredictor, context_points, flatten, unflatten
 from appa_secure.privacy.noise import gaussian, sampler
-from clients.training import Examples, LocalTrainer, UnitOptimizer, _bounded_rows, _chunks, _people_examples
+from clients.context import raw_shares
+from clients.training import (
+    Examples,
+    LocalTrainer,
+    ShareTrainer,
+    Trainer,
+    UnitOptimizer,
+    _bounded_rows,
+    _chunks,
+    _people_examples,
+)
 from tests.clients.world import KEY, SHAPE, make_embeddings, make_group, make_plan, make_questions
 
 QUESTIONS = make_questions(10)
@@ -31,6 +41,11 @@ P = len(flatten(PreferencePredictor(SHAPE)))
 def trainer(data: GroupData, **plan: Any) -> LocalTrainer:
     settled = make_plan(TRAIN, QIDS[:3], **plan)
     return LocalTrainer(settled, data, EMBEDDINGS, CONTEXT, 20.0, QIDS, KEY)
+
+
+def plain(data: GroupData, **plan: Any) -> ShareTrainer:
+    settled = make_plan(TRAIN, QIDS[:3], private=False, noise_multiplier=0.0, **plan)
+    return ShareTrainer(settled, EMBEDDINGS, CONTEXT, raw_shares(data, TRAIN))
 
 
 def model(scale: float = 1.0) -> PreferencePredictor:
@@ -292,7 +307,7 @@ def test_records_and_respondents_are_a_poisson_sample(unit: str) -> None:
 # -- a whole step --------------------------------------------------------------------------------------------
 
 
-def run(local: LocalTrainer, net: PreferencePredictor, round_index: int = 0) -> np.ndarray:
+def run(local: Trainer, net: PreferencePredictor, round_index: int = 0) -> np.ndarray:
     start = flatten(net)
     out = local.round(start, round_index, net)
     unflatten(net, start)
@@ -367,7 +382,7 @@ def test_questions_the_group_was_not_asked_are_left_out() -> None:
 
 def test_without_privacy_a_round_is_plain_gradient_descent_on_true_shares() -> None:
     data, net = make_group("g", QUESTIONS), model()
-    local = trainer(data, private=False, noise_multiplier=0.0, lr=0.01)
+    local = plain(data, lr=0.01)
     questions, *_ = local.plan.steps(0)
     expected = np.mean([gradient(net, q, data.distribution(q), points(QIDS[:3])) for q in questions], axis=0)
     np.testing.assert_allclose(run(local, net), expected, atol=1e-3)
@@ -375,7 +390,7 @@ def test_without_privacy_a_round_is_plain_gradient_descent_on_true_shares() -> N
 
 def test_several_local_steps_move_on_from_each_other() -> None:
     data, net = make_group("g", QUESTIONS), model()
-    local = trainer(data, private=False, noise_multiplier=0.0, local_steps=3, lr=0.05)
+    local = plain(data, local_steps=3, lr=0.05)
     theta = flatten(net).astype(np.float64)
     start = theta.copy()
     for questions in local.plan.steps(0):
