@@ -4,10 +4,11 @@ The values come from the command line in Hydra's syntax (`a,b`, `range(1,4)`), o
 may declare a study under `sweep`: one mapping of fields to values, or a list of them, each a grid of its own
 
     sweep:
-      - {seed: [1, 2, 3], privacy: [off]}
-      - {seed: [1, 2, 3], privacy: [dp], privacy.epsilon: [8, 3, 1]}
+      - {seed: [1, 2, 3], privacy: ["off"]}
+      - {seed: [1, 2, 3], privacy: [dp], privacy.epsilon: [8, 3, 1], predictor.rounds: 80}
 
-The command line replaces a field's values. All combinations are checked before the first one starts. Each runs in
+Fields with lists give the runs their names; one without a list is set, and goes without saying. The command line
+replaces a field's values. All combinations are checked before the first one starts. Each runs in
 a process of its own, as many side by side as there are jobs. The folder of a sweep depends on what is held fixed
 and on which fields vary, not on their values: repeating the command goes on where it stopped, and adding a seed
 adds runs.
@@ -23,6 +24,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,19 +102,25 @@ def note(root: Path, members: Sequence[Member]) -> None:
 def run_all(members: Sequence[Member], jobs: int, say: Callable[[str], None]) -> list[bool]:
     """Run all members, `jobs` at a time; returns for each whether it ended well.
 
-    Each run gets its share of the cores for its arithmetic: results do not depend on it, the time does.
+    Each run gets its share of the cores for its arithmetic: results do not depend on it, the time does. Side by
+    side, runs print into files of their own, `logs/RUN.log` in the folder of the sweep.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    seeds = list(dict.fromkeys(member.config.seed for member in members))
     with ThreadPoolExecutor(jobs, "run") as pool:
-        running = [pool.submit(execute, member, say, threads) for member in members]
+        # Seed after seed, so that what an interrupted sweep has done can be compared.
+        running = {
+            member.directory: pool.submit(execute, member, say, threads, jobs > 1)
+            for member in sorted(members, key=lambda member: seeds.index(member.config.seed))
+        }
         try:
-            return [future.result() for future in running]
+            return [running[member.directory].result() for member in members]
         except BaseException:  # an interrupt reaches the children too; what has not begun must not begin
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def execute(member: Member, say: Callable[[str], None], threads: int) -> bool:
+def execute(member: Member, say: Callable[[str], None], threads: int, logged: bool) -> bool:
     """Run one member in a process of its own, go on with it, or skip it if it has ended well.
 
     False if it failed. `say` gets a line for people at each turn.
@@ -134,9 +142,19 @@ def execute(member: Member, say: Callable[[str], None], threads: int) -> bool:
         return False
     command = [sys.executable, "-m", "appa_secure.cli", "run", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    ended = subprocess.run(command, stdout=subprocess.DEVNULL, check=False, env=environment).returncode
+    with ExitStack() as stack:
+        log = None
+        if logged:
+            path = member.directory.parent / "logs" / f"{label}.log"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            log = stack.enter_context(path.open("a", encoding="utf-8"))
+        ended = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=log, check=False, env=environment
+        ).returncode
     if ended:
-        say(f"{label}: ended with code {ended}; the sweep goes on")
+        say(f"{label}: ended with code {ended}{f', see {log.name}' if log else ''}; the sweep goes on")
+    elif logged:
+        say(f"{label}: done")
     return ended == 0
 
 
@@ -154,7 +172,8 @@ def _combinations(overrides: list[str]) -> tuple[list[tuple[str, ...]], list[str
         extra = [_choice(key, value) for key, value in grid.items() if key not in given]
         lines += _expand([*overrides, *extra])
     if grids:
-        declared = list(dict.fromkeys(key for grid in grids for key in grid))
+        lists = (key for grid in grids for key, value in grid.items() if isinstance(value, list))
+        declared = list(dict.fromkeys(lists))
         values = {key: {_value_of(line, key) for line in lines} for key in declared}
         varying += [key for key in declared if key not in varying and len(values[key]) > 1]
         # Grids whose difference was overridden on the command line fall together.

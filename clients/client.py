@@ -219,6 +219,9 @@ class Client:
         plan, index = self.agreement.plan, body["round"]
         if index >= plan.rounds:
             raise Refusal("PlanExceeded", f"predictor round {index + 1}, the agreed plan has {plan.rounds}")
+        if plan.training != "federated":
+            # The noise of such a plan is right for the curator's releases, not for this client's own.
+            raise Refusal("NotAllowed", f"predictor.training={plan.training}: clients send no updates")
         self._check_session(body, PREDICTOR)
         if self._state.get("predicted"):
             # The answered rounds are forgotten with the updates: answering again would be a release nobody paid for.

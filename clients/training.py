@@ -193,11 +193,16 @@ class LocalTrainer(Trainer):
         )
         try:
             model.train()
-            # The number of answers is private: the sum is scaled by the public rate and a private-context estimate.
-            scale = 1.0 / max(1.0, self.plan.expected_batch(self.expected, len(questions)))
-            self._accumulate(wrapped, optimizer, here, points, examples, scale)
+            self._accumulate(wrapped, optimizer, here, points, examples, self.scale(len(questions)))
         finally:
             wrapped.to_standard_module()
+
+    def scale(self, questions: int) -> float:
+        """What a step's sum of gradients is multiplied by; `questions`: how many the step asks.
+
+        The number of answers is private: this is the public rate and an estimate from the private context.
+        """
+        return 1.0 / max(1.0, self.plan.expected_batch(self.expected, questions))
 
     def _accumulate(
         self,

@@ -32,7 +32,7 @@ from appa_secure.tasks import completion_length, parse, prompt, random_answer
 from coordinator.evaluate import Evaluator, Truth
 from coordinator.policies import build_policy, lora_config, warm_up
 from coordinator.ppo import PPOTrainer, latest_checkpoint, make_config
-from coordinator.predictor import record_ledger, train_predictor
+from coordinator.predictor import Sums, record_ledger, train_predictor
 from coordinator.reward import FederatedReward
 from coordinator.rounds import Federation, Rounds, ask
 from coordinator.sampling import sample
@@ -47,14 +47,16 @@ class Pipeline:
 
     def __init__(
         self, config: Config, agreement: Agreement, heldout: tuple[str, ...], federation: Federation, run: RunDir,
-        progress: Progress, nominal: bool,
+        progress: Progress, nominal: bool, curator: Sums | None = None,
     ) -> None:  # fmt: skip
         self.config, self.agreement, self.heldout = config, agreement, heldout
         self.federation, self.run_dir, self.progress, self.nominal = federation, run, progress, nominal
         self.rounds = Rounds(agreement, federation, run)
+        self.curator = curator  # trains the predictor in the clients' place, in a simulation
         self.train = agreement.plan.train
         self._evaluator: Evaluator | None = None
-        protected = config.privacy.enabled and config.privacy.secure_rng and not agreement.clear
+        apart = not agreement.clear and config.predictor.training == "federated"
+        protected = config.privacy.enabled and config.privacy.secure_rng and apart
         # What training alone writes; what is measured against the truth is stamped by itself, and stamps the summary.
         self._trained = PRIVATE if protected else NOT_PRIVATE
         self.stamp = NOT_PRIVATE if config.evaluation.truth else self._trained
@@ -87,7 +89,10 @@ class Pipeline:
     def _setup(self) -> dict[str, Any]:
         agreement = self.agreement
         if not len(self.run_dir.transcript):
-            self.run_dir.transcript.run(agreement.plan.run, agreement.digest().hex(), mode=agreement.mode)
+            training = {} if self.curator is None else {"training": agreement.plan.training}
+            self.run_dir.transcript.run(
+                agreement.plan.run, agreement.digest().hex(), mode=agreement.mode, **training
+            )
         ask(self.federation, "setup", run=agreement.plan.run, agreement=agreement.digest())
         return {}
 
@@ -108,7 +113,7 @@ class Pipeline:
             self.progress.step("predictor", number, total, eps=spent)
 
         theta = train_predictor(
-            self.agreement, self.rounds, self.run_dir, self.config.seed, self.config.predictor.server_lr, done,
+            self.agreement, self.curator or self.rounds, self.run_dir, self.config.seed, self.config.predictor.server_lr, done,
             self._seen_predictor(),
         )  # fmt: skip
         self.rounds.close()

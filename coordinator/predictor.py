@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,10 +24,19 @@ from appa_secure.predictor import PreferencePredictor, flatten
 from appa_secure.privacy.ledger import ROW_FIELDS
 from appa_secure.records import RunDir
 from appa_secure.secagg.errors import BadEncoding
-from coordinator.rounds import NotOpened, Rounds
+from appa_secure.secagg.fixedpoint import Layout
+from coordinator.rounds import NotOpened, Summed
 
 _BETA1, _BETA2, _EPS = 0.9, 0.99, 1e-8
 _PATIENCE = 5
+
+
+class Sums(Protocol):
+    """Where sums of updates come from: `Rounds`, or the curator of a centralised simulation."""
+
+    def sum(self, session: str, kind: str, payload: Mapping[str, Any], layout: Layout) -> Summed | NotOpened:
+        """See `Rounds.sum`."""
+        ...
 
 
 def initial_predictor(agreement: Agreement, seed: int) -> np.ndarray:
@@ -39,7 +48,7 @@ def initial_predictor(agreement: Agreement, seed: int) -> np.ndarray:
 
 def train_predictor(
     agreement: Agreement,
-    rounds: Rounds,
+    rounds: Sums,
     run: RunDir,
     seed: int,
     server_lr: float,
