@@ -10,24 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from opacus import GradSampleModule
 from scipy import stats
 
 from appa_secure.data import GroupData, Responses
 from appa_secure.data.survey import counts_of
 from appa_secure.predictor import PreferencePredictor, context_points, flatten, unflatten
 from appa_secure.privacy.noise import gaussian, sampler
+from clients.clipping import ClippedGradients
 from clients.context import raw_shares
-from clients.training import (
-    Examples,
-    LocalTrainer,
-    ShareTrainer,
-    Trainer,
-    UnitOptimizer,
-    _bounded_rows,
-    _chunks,
-    _people_examples,
-)
+from clients.sampling import Examples, bounded_answers, respondents
+from clients.training import LocalTrainer, ShareTrainer, Trainer, _chunks
 from tests.clients.world import KEY, SHAPE, make_embeddings, make_group, make_plan, make_questions
 
 QUESTIONS = make_questions(10)
@@ -75,24 +67,10 @@ def clipped(vector: np.ndarray, clip: float) -> np.ndarray:
 def summed(
     net: PreferencePredictor, questions: Sequence[str], seen: torch.Tensor, examples: Examples, clip: float
 ) -> np.ndarray:
-    """(P,) what the optimizer adds up before any noise: noise of zeros, and the step itself caught."""
+    """(P,) what a step adds up before any noise."""
     local = trainer(make_group("g", QUESTIONS), clip=clip)
-    wrapped = GradSampleModule(net, batch_first=True, loss_reduction="sum")
-    optimizer = UnitOptimizer(
-        torch.optim.SGD(net.parameters(), lr=1.0), noise_multiplier=1.0, max_grad_norm=clip,
-        expected_batch_size=None, loss_reduction="sum", draw=np.zeros,
-    )  # fmt: skip
-    caught: list[np.ndarray] = []
-    optimizer.original_optimizer.step = lambda: caught.append(
-        torch.cat([p.grad.reshape(-1) for p in optimizer.params]).double().numpy()
-    )
-    net.train()
-    try:
-        local._accumulate(wrapped, optimizer, questions, seen, examples, 1.0)
-    finally:
-        wrapped.to_standard_module()
-    (found,) = caught
-    return found
+    local.points = seen
+    return local._clipped_sum(net, questions, examples)
 
 
 def one_hot(question: str, option: int) -> np.ndarray:
@@ -121,7 +99,7 @@ def test_responses_with_multiplicities_equal_one_gradient_per_answer(clip: float
         for _ in range(n):
             expected += clipped(gradient(net, q, one_hot(q, k), seen), clip)
     found = summed(net, questions, seen, cells_of(cells, questions, times), clip)
-    np.testing.assert_allclose(found, expected, atol=1e-5 * max(1.0, np.abs(expected).max()))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * max(1.0, np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("clip", CLIPS)
@@ -134,15 +112,14 @@ def test_records_equal_one_gradient_per_distribution(clip: float) -> None:
         clipped(gradient(net, TRAIN[i], data.distribution(TRAIN[i]), seen), clip) for i in examples.question
     )
     found = summed(net, TRAIN, seen, examples, clip)
-    np.testing.assert_allclose(found, expected, atol=1e-5 * max(1.0, np.abs(expected).max()))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * max(1.0, np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("clip", CLIPS)
 def test_respondents_are_clipped_as_persons_not_as_answers(clip: float) -> None:
     data, net, seen = make_group("g", QUESTIONS, people=25), model(3.0), points(QIDS[:2])
     local = trainer(data, unit="respondent", answers_per_unit=3, clip=clip)
-    assert local.people is not None
-    examples = _people_examples(local.people, TRAIN, 0.5, 4, sampler(KEY, "draw"))
+    examples = respondents(local.people, TRAIN, 0.5, 4, sampler(KEY, "draw"))
     drawn = [
         p
         for p, u in zip(local.people, sampler(KEY, "draw").random(len(local.people)), strict=True)
@@ -155,18 +132,19 @@ def test_respondents_are_clipped_as_persons_not_as_answers(clip: float) -> None:
         if whole.any():
             expected += clipped(whole, clip)
     found = summed(net, TRAIN, seen, examples, clip)
-    np.testing.assert_allclose(found, expected, atol=1e-5 * max(1.0, np.abs(expected).max()))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * max(1.0, np.abs(expected).max()))
 
 
-def test_more_examples_than_one_chunk_holds_give_the_same_sum() -> None:
+def test_more_examples_than_one_chunk_holds_give_the_same_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     net, seen, questions = model(), points(QIDS[:1]), TRAIN[:2]
+    monkeypatch.setattr("clients.training._CHUNK", 64)
     cells = [(questions[i % 2], i % 2) for i in range(150)]
     examples = cells_of(cells, questions, [1] * 150)
-    assert len(_chunks(examples)) == 3
+    assert len(list(_chunks(examples))) == 3
     assert np.concatenate([rows for rows, _, _ in _chunks(examples)]).tolist() == list(range(150))
     once = [clipped(gradient(net, questions[i], one_hot(questions[i], i), seen), 0.5) for i in range(2)]
     np.testing.assert_allclose(
-        summed(net, questions, seen, examples, 0.5), 75 * (once[0] + once[1]), atol=1e-4
+        summed(net, questions, seen, examples, 0.5), 75 * (once[0] + once[1]), rtol=1e-4, atol=1e-3
     )
 
 
@@ -193,14 +171,13 @@ def test_one_more_respondent_moves_the_sum_by_at_most_the_clipping_norm() -> Non
     clip = 0.3
     data, net, seen = make_group("g", QUESTIONS, people=12), model(10.0), points(QIDS[:2])
     people = trainer(data, unit="respondent", answers_per_unit=4).people
-    assert people is not None
 
     def total(who: list[int]) -> np.ndarray:
         return summed(
             net,
             TRAIN,
             seen,
-            _people_examples({p: people[p] for p in who}, TRAIN, 1.1, 4, sampler(KEY, "x")),
+            respondents({p: people[p] for p in who}, TRAIN, 1.1, 4, sampler(KEY, "x")),
             clip,
         )
 
@@ -214,30 +191,50 @@ def test_one_more_respondent_moves_the_sum_by_at_most_the_clipping_norm() -> Non
 @pytest.mark.parametrize("units", [False, True])
 def test_an_overflowing_gradient_counts_as_nothing_and_spoils_nobody_elses(units: bool) -> None:
     """Parameters that overflow on one answer must not make the sum, or its refusal, a signal."""
-    net = model()
-    optimizer = UnitOptimizer(
-        torch.optim.SGD(net.parameters(), lr=1.0), noise_multiplier=1.0, max_grad_norm=1.0,
-        expected_batch_size=None, loss_reduction="sum", draw=np.zeros,
-    )  # fmt: skip
-    for p in optimizer.params:
-        p.summed_grad = None
-        p.grad_sample = torch.full((4, *p.shape), 1e-3)
-        p.grad_sample[1] = float("nan")
-        p.grad_sample[2] = float("inf")
-        p.grad_sample[3] = 1e30  # finite, but its norm is not
-    optimizer.multiplicity = torch.ones(3 if units else 4)
+    layer = torch.nn.Linear(3, 2)
+    read = torch.full((4, 1, 3), 1e-2)
+    read[1], read[2], read[3] = float("nan"), float("inf"), 1e30  # the last: finite, but its norm is not
+    owned = None
     if units:  # three people: the healthy answer, the healthy and all bad ones, only bad ones
-        optimizer.units = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 1]])
-    optimizer.clip_and_accumulate()
-    healthy = 2 if units else 1
-    for p in optimizer.params:
-        torch.testing.assert_close(p.summed_grad, torch.full_like(p, healthy * 1e-3))
+        owned = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 1]])
+    with ClippedGradients(layer, 1.0) as gradients:
+        found = gradients.sum(layer(read).mul(0.1).sum(), torch.ones(3 if units else 4), owned)
+    torch.testing.assert_close(found, torch.tensor([1e-3] * 6 + [0.1] * 2))
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_norms_hold_where_terms_cancel(units: bool) -> None:
+    """Parameters can be chosen so that huge terms nearly cancel; float32 norms alone would miss what is left of them."""
+    rng = torch.Generator().manual_seed(1)
+    clip, longest = 1.0, 0.0
+    for size in (1e0, 1e2, 1e4, 1e6):
+        layer = torch.nn.Linear(64, 16, bias=True)
+        read = size * torch.randn(20, 2, 64, generator=rng)
+        read[:, 1] = read[:, 0] * (1 + 1e-4 * torch.randn(20, 64, generator=rng))
+        weight = torch.randn(20, 1, 16, generator=rng)
+        owned = torch.eye(20) if units else None
+        for i in range(20):
+            chosen = torch.zeros(20)
+            chosen[i] = 1.0
+            with ClippedGradients(layer, clip) as gradients:
+                out = layer(read)
+                loss = ((out[:, :1] - out[:, 1:]) * weight).sum()  # the two positions' gradients cancel
+                longest = max(longest, float(gradients.sum(loss, chosen, owned).double().norm()))
+    assert longest <= clip * (1 + 1e-4)
+
+
+def test_a_layer_that_cannot_be_clipped_is_refused() -> None:
+    with pytest.raises(TypeError, match="Linear and LayerNorm"):
+        ClippedGradients(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Bilinear(2, 2, 1)), 1.0)
+    layer = torch.nn.Linear(2, 2)
+    with ClippedGradients(layer, 1.0) as gradients, pytest.raises(TypeError, match="twice"):
+        gradients.sum(layer(layer(torch.ones(3, 1, 2))).sum(), torch.ones(3))
 
 
 def test_a_person_contributes_at_most_the_bound_chosen_at_random_and_only_training_answers() -> None:
     data = make_group("g", QUESTIONS, people=300, answers=9)
     plan = make_plan(TRAIN, QIDS[:3], unit="respondent", answers_per_unit=2)
-    people = _bounded_rows(data, plan, QIDS, KEY)
+    people = bounded_answers(data, plan, QIDS, KEY)
     assert data.responses is not None
     given: dict[int, set[tuple[str, int]]] = defaultdict(set)
     for person, q, k in zip(
@@ -254,8 +251,8 @@ def test_a_person_contributes_at_most_the_bound_chosen_at_random_and_only_traini
     asked = np.array([sum(any(q == t for q, _ in rows) for rows in given.values()) for t in TRAIN])
     expected = asked * sum(seen.values()) / asked.sum()
     assert stats.chisquare([seen[t] for t in TRAIN], expected).pvalue > 1e-4
-    assert people == _bounded_rows(data, plan, QIDS, KEY)  # the same ones in every round
-    assert people != _bounded_rows(data, plan, QIDS, bytes(32))
+    assert people == bounded_answers(data, plan, QIDS, KEY)  # the same ones in every round
+    assert people != bounded_answers(data, plan, QIDS, bytes(32))
 
 
 # -- sampling ------------------------------------------------------------------------------------------------
