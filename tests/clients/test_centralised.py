@@ -53,12 +53,12 @@ def test_noise_is_added_once_at_the_scale_of_one_unit(tmp_path: Path) -> None:
     start = start_of(world)
     gradient, _ = curator.round(start, 0)
     noise = gradient - silent.round(start, 0)[0]
-    # The contexts differ in nothing: their noise is not the plan's.
+    # The same contexts and the same normal draws: what is left is their difference, of noise multiplier 1.
     (questions,) = world.agreement.plan.steps(0)
     scales = [c._local_trainer().scale(len(questions)) for c in world.members.values()]
-    expected = 1.5 * 50.0 * max(scales) / len(world.clients)
+    expected = 50.0 * max(scales) / len(world.clients)
     assert noise.std() == pytest.approx(expected, rel=5 / np.sqrt(2 * len(noise)))
-    federated = 1.5 * 50.0 * np.sqrt(np.square(scales).sum()) / len(world.clients)
+    federated = 50.0 * np.sqrt(np.square(scales).sum()) / len(world.clients)
     assert expected < federated
     np.testing.assert_array_equal(curator.round(start, 0)[0], gradient)  # asked again: the same release
     assert not np.allclose(
