@@ -170,7 +170,7 @@ class _CuratorSums:
         """One round; the sum is the mean already, and the curator its only contributor."""
         from coordinator.rounds import Summed
 
-        start = np.frombuffer(payload["parameters"], dtype="<f4")
+        start = np.frombuffer(payload["parameters"], dtype="<f4").copy()
         gradient, rows = self._curator.round(start, payload["round"])
         replies = {client: {"ledger": json.dumps(new).encode()} for client, new in rows.items()}
         return Summed(gradient, ("curator",), (), replies)
