@@ -276,9 +276,7 @@ def compose(overrides: list[str]) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"the configuration cannot be composed: {error}") from error
     assert isinstance(tree, dict)
-    tree.pop(
-        "sweep", None
-    )  # the study that an experiment declares: `declared_sweep`, for appa_secure.sweep alone
+    tree.pop("sweep", None)  # the study that an experiment declares: for appa_secure.sweep alone
     evaluation, data = tree["evaluation"], tree["data"]
     if evaluation.get("truth") is None:
         # An institution's own answers are measured against only when somebody asks for it.
@@ -317,24 +315,6 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
                 "and quote values with spaces or signs twice, as in 'data.path=\"my file.csv\"'"
             ) from error
     return parsed
-
-
-def declared_sweep(experiment: str) -> list[dict[str, Any]]:
-    """The grids under `sweep` in an experiment's file: field or group -> value or list of values. Often none.
-
-    Raises ConfigError for a file that declares something else.
-    """
-    if experiment not in options("experiment"):
-        return []  # compose says so, with the nearest name
-    file = resources.files("configs").joinpath("experiment", f"{experiment}.yaml")
-    found = OmegaConf.to_container(OmegaConf.create(file.read_text("utf-8"))) or {}
-    grids = found.get("sweep", []) if isinstance(found, dict) else []
-    grids = [grids] if isinstance(grids, dict) else grids
-    if not all(isinstance(grid, dict) for grid in grids):
-        raise ConfigError(
-            f"experiment={experiment}: sweep is not a mapping of fields to values, or a list of them"
-        )
-    return [{str(key): value for key, value in grid.items()} for grid in grids]
 
 
 def options(group: str) -> tuple[str, ...]:

@@ -26,14 +26,16 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from appa_secure import records
-from appa_secure.config import Config, compose, declared_sweep, load, parse_overrides
+from appa_secure.config import Config, compose, load, options, parse_overrides
 from appa_secure.errors import AppaError, ConfigError, RunError
 
 
@@ -179,6 +181,24 @@ def _combinations(overrides: list[str]) -> tuple[list[tuple[str, ...]], list[str
         # Grids whose difference was overridden on the command line fall together.
         lines = list(dict.fromkeys(lines))
     return lines, varying
+
+
+def declared_sweep(experiment: str) -> list[dict[str, Any]]:
+    """The grids under `sweep` in an experiment's file: field or group -> value or list of values. Often none.
+
+    Raises ConfigError for a file that declares something else.
+    """
+    if experiment not in options("experiment"):
+        return []  # compose says so, with the nearest name
+    file = resources.files("configs").joinpath("experiment", f"{experiment}.yaml")
+    found = OmegaConf.to_container(OmegaConf.create(file.read_text("utf-8"))) or {}
+    grids = found.get("sweep", []) if isinstance(found, dict) else []
+    grids = [grids] if isinstance(grids, dict) else grids
+    if not all(isinstance(grid, dict) for grid in grids):
+        raise ConfigError(
+            f"experiment={experiment}: sweep is not a mapping of fields to values, or a list of them"
+        )
+    return [{str(key): value for key, value in grid.items()} for grid in grids]
 
 
 def _expand(overrides: list[str]) -> list[tuple[str, ...]]:

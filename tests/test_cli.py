@@ -15,7 +15,7 @@ import pytest
 
 from appa_secure import cli, config_checks, records
 from appa_secure import sweep as sweeping
-from appa_secure.config import GROUPS, Config, compose, declared_sweep, options
+from appa_secure.config import GROUPS, Config, compose, options
 from appa_secure.errors import DataError
 from appa_secure.privacy.accounting import GaussianEvent
 from appa_secure.privacy.ledger import Budget, Ledger
@@ -316,14 +316,14 @@ def test_an_experiment_declares_its_sweep(declared: None) -> None:
 
 def test_the_declared_studies_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_checks, "environment_problems", lambda config: [])
-    studies = [name for name in options("experiment") if declared_sweep(name)]
+    studies = [name for name in options("experiment") if sweeping.declared_sweep(name)]
     assert "predictor_opinionqa" in studies
     for name in studies:
         where = [] if "synthetic" in name else ["data.path=somewhere"]
         members = sweeping.plan([f"experiment={name}", *where])
         assert len({member.config.seed for member in members}) >= 3
         assert all(member.config.experiment == name for member in members)
-    assert declared_sweep("smoke") == []
+    assert sweeping.declared_sweep("smoke") == []
 
 
 def test_seeds_come_one_after_the_other_and_jobs_share_the_cores(

@@ -106,6 +106,25 @@ class Study:
         percent = Estimate.of((100 * (y - x) / x).tolist())
         return Difference(reference, other, Estimate.of((y - x).tolist()), percent, p)
 
+    def rounds_to(self, condition: str, split: str, levels: Mapping[int, float]) -> dict[int, int | None]:
+        """Per seed of `levels`, the first measured round in which the average alignment of own predictions is at least
+        the seed's level; None where it never is. Seeds without a curve are left out."""
+        f = self.frame
+        rows = f[
+            (f["condition"] == condition)
+            & (f["part"] == "predictor.own")
+            & (f["split"] == split)
+            & (f["metric"] == "avg")
+            & f["round"].notna()
+        ]
+        found: dict[int, int | None] = {}
+        for seed, level in levels.items():
+            curve = rows[rows["seed"] == seed]
+            if not curve.empty:
+                reached = curve[curve["value"] >= level]["round"]
+                found[seed] = None if reached.empty else int(reached.min())
+        return found
+
     def pairs(self, by: str | None) -> list[tuple[str, str]]:
         """Which conditions are compared: those that differ in `by` alone with the first value of `by` among them, or
         without `by` all with the first condition."""

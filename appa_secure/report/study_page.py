@@ -23,6 +23,9 @@ from appa_secure.report.tables import markdown
 from appa_secure.report.words import banner
 
 FIGURES = "figures"
+SPEED = (
+    "Rounds until the predictor first has 99 % of the average alignment that the first of each pair ends with"
+)
 _DIGITS = {"avg": 4, "min": 4, "fairness_index": 4}
 
 
@@ -41,12 +44,14 @@ def render_study(root: Path, by: str | None = None) -> Path:
         atomic_write(root / FIGURES / f"{drawing.name}.png", drawing.png)
     page = environment.get_template("study.html").render(
         name=root.resolve().name,
+        speed_title=SPEED,
         runs=len(study.runs),
         parts=[
             (PARTS[part], means_table(study, part), differences_table(study, part, pairs))
             for part in study.parts()
         ],
-        heads=(means_heads(), DIFFERENCE_HEADS),
+        heads=(means_heads(), DIFFERENCE_HEADS, SPEED_HEADS),
+        speed=speed_table(study, pairs),
         figures=[(drawing.caption, figure(drawing.svg, drawing.caption)) for drawing in drawings],
         missing=study.missing,
         not_private=any(banner(run) for run in study.runs.values()),
@@ -67,6 +72,9 @@ def study_markdown(root: Path, by: str | None = None) -> str:
         if differences:
             blocks.append("Paired differences over the same seeds:\n")
             blocks.append(markdown(DIFFERENCE_HEADS, differences))
+    if speed := speed_table(study, pairs):
+        blocks.append(f"{SPEED}:\n")
+        blocks.append(markdown(SPEED_HEADS, speed))
     if study.missing:
         blocks.append(f"Not finished: {', '.join(study.missing)}\n")
     return "\n".join(blocks)
@@ -104,6 +112,28 @@ def differences_table(study: Study, part: str, pairs: Sequence[tuple[str, str]])
                 found = study.difference(reference, other, part, split, metric)
                 if found is not None:
                     lines.append([f"{other} − {reference}", name, METRICS[metric], *_difference(found)])
+    return lines
+
+
+SPEED_HEADS = ["", "questions", "seeds", "rounds", "reached by"]
+_SHARE = 0.99
+
+
+def speed_table(study: Study, pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """Rounds until a predictor's average alignment first reaches 99 % of what the pair's reference ends with, per seed.
+
+    A line per condition; empty where no curve was measured. Rounds are those that were measured
+    (evaluation.predictor_every), means over the seeds that reached the level.
+    """
+    lines = []
+    for split, name in SPLITS.items():
+        for reference, other in dict.fromkeys(pair for a, b in pairs for pair in ((a, a), (a, b))):
+            final = study.values(reference, "predictor.own", split, "avg")
+            found = study.rounds_to(other, split, {seed: _SHARE * value for seed, value in final.items()})
+            reached = [float(number) for number in found.values() if number is not None]
+            if found:
+                mean = _estimate(Estimate.of(reached), 1) if reached else "–"
+                lines.append([other, name, str(len(found)), mean, f"{len(reached)} of {len(found)}"])
     return lines
 
 

@@ -106,6 +106,14 @@ def test_differences_are_paired_over_seeds(sweep: Path) -> None:
         assert held.p == pytest.approx(2 * stats.t.sf(abs(t), 2))
 
 
+def test_speed_is_the_first_round_at_a_level(sweep: Path) -> None:
+    """The curves stand at .80 after 5 rounds and at .85 after 10."""
+    study = load_study(sweep)
+    assert study.rounds_to("min", "train", {1: 0.79, 2: 0.80, 3: 0.86}) == {1: 5, 2: 5, 3: None}
+    assert study.rounds_to("min", "train", {1: 0.81, 9: 0.5}) == {1: 10}
+    assert study.rounds_to("min", "heldout", {1: 0.1}) == {}
+
+
 def test_only_pairs_that_differ_in_the_field_alone_are_compared(sweep: Path, tmp_path: Path) -> None:
     """Four conditions over two fields: each field gives two pairs, without a field the first is the reference."""
     noted = {"fields": ["aggregation", "ppo.lr", "seed"], "runs": {}}
