@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +43,13 @@ _MAIN_FIELDS = (
 
 
 def _groups_help() -> str:
-    lines = (f"  [bold]{group:<12}[/bold]{' '.join(options(group))}" for group in GROUPS)
+    lines = (
+        f"  [bold]{group:<12}[/bold]"
+        + textwrap.fill(
+            " ".join(options(group)), 74, initial_indent=" " * 14, subsequent_indent=" " * 14
+        ).strip()
+        for group in GROUPS
+    )
     return "\b\n[bold]Groups and their options[/bold] (what they are: appa-secure fields)\n" + "\n".join(
         lines
     )
