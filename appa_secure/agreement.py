@@ -212,7 +212,7 @@ class Agreement:
         ).digest()  # fmt: skip
 
 
-def make_plan(config: Config, run: str, split: Split) -> TrainingPlan:
+def make_plan(config: Config, run: str, split: Split, clients: int = 1) -> TrainingPlan:
     """The training plan, with the least noise that keeps everything a client releases within privacy.epsilon.
 
     Raises PrivacyError when no noise does.
@@ -225,6 +225,7 @@ def make_plan(config: Config, run: str, split: Split) -> TrainingPlan:
             local_steps=t.local_steps, questions_per_step=min(t.questions_per_step, len(split.train)), lr=t.lr,
             private=p.enabled, unit=p.unit, clip=p.clip, sample_rate=p.sample_rate, noise_multiplier=noise,
             answers_per_unit=p.answers_per_unit, mechanism=p.mechanism,
+            training=t.training, turns=clients if t.training == "one_group" else 1,
         )  # fmt: skip
 
     draft = plan(0.0)
@@ -259,7 +260,7 @@ def make_agreement(
     s, p, a = config.secagg, config.privacy, config.aggregation
     release = s.release if s.release != "auto" else ("recover" if s.mode == "cohort" else "abort")
     agreement = Agreement(
-        plan=make_plan(config, run, split),
+        plan=make_plan(config, run, split, len(groups)),
         budget=Budget(p.epsilon, p.delta, p.accountant, p.unit),
         context_noise=p.context_noise,
         questions={q.qid: q for q in questions},

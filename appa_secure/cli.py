@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +43,13 @@ _MAIN_FIELDS = (
 
 
 def _groups_help() -> str:
-    lines = (f"  [bold]{group:<12}[/bold]{' '.join(options(group))}" for group in GROUPS)
+    lines = (
+        f"  [bold]{group:<12}[/bold]"
+        + textwrap.fill(
+            " ".join(options(group)), 74, initial_indent=" " * 14, subsequent_indent=" " * 14
+        ).strip()
+        for group in GROUPS
+    )
     return "\b\n[bold]Groups and their options[/bold] (what they are: appa-secure fields)\n" + "\n".join(
         lines
     )
@@ -81,12 +88,13 @@ _SWEEP_HELP = """Run every combination of the values given for any fields, and c
 
 Several values are written with commas, or as range(1,4). All combinations are checked before the first \
 starts. Repeat the command to go on after an interruption; add values to add runs: finished runs are not \
-repeated. Standard output lists the run directories.
+repeated. An experiment may declare the values itself. Standard output lists the run directories; the
+folder above them gets results.parquet and the report of the whole sweep.
 
 \b
 [bold]Examples[/bold]
   appa-secure sweep experiment=smoke aggregation=appa,average seed=1,2,3
-  appa-secure sweep privacy.epsilon=1,2,4,8 name=epsilon
+  appa-secure sweep privacy.epsilon=1,2,4,8 name=epsilon --jobs 2
 """
 
 Overrides = Annotated[
@@ -123,18 +131,22 @@ def run(
 
 
 @app.command(help=_SWEEP_HELP)
-def sweep(overrides: Overrides = None) -> None:
+def sweep(
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at the same time.")] = 1,
+) -> None:
     from appa_secure import sweep as sweeping
 
     members = sweeping.plan(overrides or [])
     _say(f"{len(members)} runs in {members[0].directory.parent}")
-    succeeded = [sweeping.execute(member, _say) for member in members]
+    root = members[0].directory.parent
+    sweeping.note(root, members)
+    succeeded = sweeping.run_all(members, jobs, _say)
     console.people.print(console.comparison([(member.varied, member.summary()) for member in members]))
-    finished = [member.directory for member in members if member.summary() is not None]
-    if len(finished) > 1:
+    if any(member.summary() is not None for member in members):
         from appa_secure import report as reporting
 
-        _say(f"comparison: {reporting.compare(finished)[1]}")
+        _say(f"report: {reporting.render_study(root)}")
     for member in members:
         typer.echo(member.directory)
     if not all(succeeded):
@@ -143,18 +155,32 @@ def sweep(overrides: Overrides = None) -> None:
 
 @app.command()
 def report(
-    directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run directories.")],
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Run directories, or the folder of one sweep.")
+    ],
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print a Markdown table instead, seeds taken together.")
+        bool, typer.Option("--markdown", help="Print Markdown tables instead, seeds taken together.")
     ] = False,
+    by: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="Sweep: compare the values of this varied field.")
+    ] = None,
 ) -> None:
     """Write report.html again for each run; for several runs, compare them.
 
-    Standard output lists the pages written.
+    A sweep's report has means over seeds with 95 % intervals, and paired differences over the same seeds: between
+    the values of --by, or else between the first combination and each other one. Standard output lists the
+    pages written.
     """
+    from appa_secure import report as reporting
+
+    if len(directories) == 1 and (directories[0] / records.SWEEP).is_file():
+        text = reporting.study_markdown(directories[0], by) if markdown else None
+        typer.echo(reporting.render_study(directories[0], by) if text is None else text, nl=text is None)
+        return
+    if by is not None:
+        raise ConfigError(f"--by {by}: compares the runs of a sweep. Fix: name the folder of one sweep")
     for directory in directories:
         _existing(directory, records.CONFIG)
-    from appa_secure import report as reporting
 
     if markdown:
         typer.echo(reporting.results_markdown(directories), nl=False)

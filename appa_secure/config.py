@@ -119,6 +119,9 @@ class PredictorConfig(Section):
     questions_per_step: Count = _about(64, "training questions asked in one step; public, each once per pass")
     lr: Positive = _about(0.1, "clients' learning rate (SGD); matters only with several local steps")
     server_lr: Positive = _about(3e-3, "coordinator's learning rate (Adam on the averaged update)")
+    training: Literal["federated", "pooled", "one_group"] = _about(
+        "federated", "pooled, one_group: one trusted party trains on all groups at once, or on one per round"
+    )
 
 
 class LoraConfig(Section):
@@ -232,6 +235,9 @@ class EvaluationConfig(Section):
     samples: Count = _about(4, "answers sampled per question when measuring")
     bootstrap: int = _about(1000, "resamples of the 95 % intervals", ge=100)
     every: int = _about(1, "steps between per-group measurements of the rollouts; 0 for none", ge=0)
+    predictor_every: int = _about(
+        0, "rounds between measurements of the predictor in training; 0: only when it is final", ge=0
+    )
 
 
 class Config(Section):
@@ -241,6 +247,9 @@ class Config(Section):
     name: Text | None = _about(None, "name of the run directory; null: experiment, seed and time")
     output_root: Text = _about("runs", "folder of the run directories")
     experiment: Text = _about("demo", "the experiment these choices started from")
+    until: Literal["predictor", "align"] = _about(
+        "align", "last part of the run: predictor ends it before there is a policy"
+    )
     task: TaskConfig = Field(default_factory=TaskConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     embedder: EmbedderConfig = Field(default_factory=EmbedderConfig)
@@ -274,6 +283,7 @@ def compose(overrides: list[str]) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"the configuration cannot be composed: {error}") from error
     assert isinstance(tree, dict)
+    tree.pop("sweep", None)  # the study that an experiment declares: for appa_secure.sweep alone
     evaluation, data = tree["evaluation"], tree["data"]
     if evaluation.get("truth") is None:
         # An institution's own answers are measured against only when somebody asks for it.

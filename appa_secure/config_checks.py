@@ -43,7 +43,9 @@ def as_yaml(value: object) -> str:
 
 def problems(config: Config) -> list[Problem]:
     """Impossible combinations, in the order of the sections."""
-    rules = (_task, _data, _shapes, _privacy, _secagg, _output_noise, _aggregation, _ppo)
+    rules = (
+        _task, _data, _shapes, _centralised, _privacy, _secagg, _output_noise, _aggregation, _ppo, _evaluation,
+    )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -70,6 +72,10 @@ def notes(config: Config) -> tuple[str, ...]:
         found.append("secagg=clear: the coordinator sees every group's rewards; stamped 'not private'")
     if c.evaluation.truth:
         found.append("evaluation.truth=true: measured against true distributions; stamped 'not private'")
+    if c.predictor.training != "federated":
+        found.append(
+            f"predictor.training={c.predictor.training}: one trusted party reads all groups' answers; stamped 'not private'"
+        )
     if c.secagg.mode == "blind" and c.secagg.release == "recover":
         found.append(
             "secagg.release=recover with secagg.mode=blind: a coordinator that sees or fakes a dropout can "
@@ -178,6 +184,27 @@ def _shapes(c: Config) -> Iterator[Problem]:
         )
 
 
+def _centralised(c: Config) -> Iterator[Problem]:
+    training, federated = c.predictor.training, "predictor.training=federated"
+    if training == "federated":
+        return
+    if c.data.kind == "table":
+        yield Problem(
+            "predictor.training", training,
+            "brings all groups' answers to one place, which is for simulated and published data only", federated,
+        )  # fmt: skip
+    if c.federation.kind != "local":
+        yield Problem(
+            "predictor.training", training, f"needs all groups in one process; federation={c.federation.kind} keeps "
+            "them apart", f"federation=local, or {federated}",
+        )  # fmt: skip
+    if c.predictor.local_steps != 1:
+        yield Problem(
+            "predictor.local_steps", c.predictor.local_steps,
+            f"predictor.training={training} takes one step per round", "predictor.local_steps=1",
+        )  # fmt: skip
+
+
 def _privacy(c: Config) -> Iterator[Problem]:
     privacy, data = c.privacy, c.data
     if not privacy.enabled:
@@ -280,6 +307,15 @@ def _aggregation(c: Config) -> Iterator[Problem]:
         yield Problem(
             "aggregation.temperature", aggregation.temperature, f"exp(-1/temperature) {drowns}",
             f"aggregation.temperature={math.ceil(1000 / limit) / 1000}{wider}",
+        )  # fmt: skip
+
+
+def _evaluation(c: Config) -> Iterator[Problem]:
+    if c.evaluation.predictor_every and not c.evaluation.truth:
+        yield Problem(
+            "evaluation.predictor_every", c.evaluation.predictor_every,
+            "compares predictions with true answers, and evaluation.truth is off",
+            "evaluation.predictor_every=0",
         )  # fmt: skip
 
 

@@ -33,7 +33,12 @@ def choices(config: Config) -> Table:
         ("reward", f"{c.task.reward}, aggregation {_aggregation(c)}"),
         ("secure aggregation", f"{c.secagg.mode}, federation {c.federation.kind}"),
         ("privacy", privacy),
-        ("alignment", f"{c.ppo.steps} PPO steps of {c.ppo.prompts_per_step} x {c.ppo.generations} answers"),
+        (
+            "alignment",
+            "none: the run ends with the predictor"
+            if c.until == "predictor"
+            else f"{c.ppo.steps} PPO steps of {c.ppo.prompts_per_step} x {c.ppo.generations} answers",
+        ),
     )
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows:
@@ -45,7 +50,9 @@ def choices(config: Config) -> Table:
 
 def comparison(rows: Sequence[tuple[Mapping[str, str], Mapping[str, Any] | None]]) -> Table:
     """One line per run: what was varied, and the figures of its summary (None: the run did not finish)."""
-    table = Table(title="Alignment after training (avg / min), fairness index, privacy", title_justify="left")
+    ended = any(summary is not None and _at(summary, ("alignment",)) for _, summary in rows)
+    what = "Alignment after training" if ended else "Alignment of the predictor"
+    table = Table(title=f"{what} (avg / min), fairness index, privacy", title_justify="left")
     varied = list(dict.fromkeys(key for keys, _ in rows for key in keys))
     for key in varied:
         table.add_column(key, overflow="fold")
@@ -59,6 +66,8 @@ def comparison(rows: Sequence[tuple[Mapping[str, str], Mapping[str, Any] | None]
 
 def _figures(summary: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
     train, heldout = ("alignment", "train", "after"), ("alignment", "heldout", "after")
+    if _at(summary, ("until",)) == "predictor":
+        train, heldout = ("predictor", "train", "own"), ("predictor", "heldout", "own")
     epsilon = _at(summary, ("privacy", "epsilon"))
     worst = max(epsilon.values(), default=None) if isinstance(epsilon, Mapping) else epsilon
     seconds = _at(summary, ("seconds",))

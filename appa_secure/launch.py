@@ -8,13 +8,14 @@ own part, and nothing here is used.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from appa_secure.secagg.keys import Directory, IdentityKey
 
 if TYPE_CHECKING:
     from clients.client import Client
+    from coordinator.rounds import Summed
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,13 @@ class Parts:
 
     def client(self, client_id: str) -> Client:
         """The client with its store; state of an earlier process is picked up from there."""
+        from clients.centralised import CentralClient
         from clients.client import Client
         from clients.store import ClientStore
 
         secret = self.seeds[client_id]
-        return Client(
+        kind = Client if self.agreement.plan.training == "federated" else CentralClient
+        return kind(
             client_id,
             self.holdings[client_id],
             self.agreement,
@@ -94,6 +98,7 @@ def run(config: Config, resume: Path | None = None) -> Path:
                 LocalFederation({c: client.handle for c, client in clients.items()}),
                 directory,
                 progress,
+                _CuratorSums(clients) if config.predictor.training != "federated" else None,
             )
     from appa_secure.report import render
 
@@ -101,12 +106,16 @@ def run(config: Config, resume: Path | None = None) -> Path:
     return root
 
 
-def align(config: Config, parts: Parts, federation: object, directory: RunDir, progress: Progress) -> None:
-    """The coordinator's part of a run over any federation."""
+def align(
+    config: Config, parts: Parts, federation: object, directory: RunDir, progress: Progress,
+    curator: _CuratorSums | None = None,
+) -> None:  # fmt: skip
+    """The coordinator's part of a run over any federation; `curator` trains the predictor in the clients' place."""
     from coordinator.pipeline import Pipeline
 
     Pipeline(
         config, parts.agreement, parts.heldout, federation, directory, progress, parts.nominal,  # type: ignore[arg-type]
+        curator,
     ).run()  # fmt: skip
 
 
@@ -208,6 +217,26 @@ def change_members(
 def _told(folder: Path) -> Membership | None:
     path = folder / FILE
     return Membership.decode(path.read_bytes()) if path.exists() else None
+
+
+class _CuratorSums:
+    """Rounds of a centralised simulation in the form in which the coordinator takes sums of clients' updates."""
+
+    def __init__(self, clients: Mapping[str, Client]) -> None:
+        from clients.centralised import CentralClient, Curator
+
+        self._curator = Curator(
+            {c: client for c, client in clients.items() if isinstance(client, CentralClient)}
+        )
+
+    def sum(self, session: str, kind: str, payload: Mapping[str, Any], layout: object) -> Summed:
+        """One round; the sum is the mean already, and the curator its only contributor."""
+        from coordinator.rounds import Summed
+
+        start = np.frombuffer(payload["parameters"], dtype="<f4").copy()
+        gradient, rows = self._curator.round(start, payload["round"])
+        replies = {client: {"ledger": json.dumps(new).encode()} for client, new in rows.items()}
+        return Summed(gradient, ("curator",), (), replies)
 
 
 class LocalFederation:

@@ -11,7 +11,7 @@ train    predictor parameters, round request       masked update, ledger row
 freeze   final predictor                           -
 score    rollouts, round request (`paper`: and Z)  masked reward vector (in clear mode: coded, not masked), ledger row of
                                                    its output noise, if any
-truth    -                                         true and predicted distributions; only where a site set evaluation.truth
+truth    parameters to predict with, or none       true and predicted distributions; only where a site set evaluation.truth
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ REQUESTS: dict[str, dict[str, str]] = {
         "session": "text", "message": "bytes", "step": "uint", "opened": "uint", "z": "bytes",
         "questions": "[text]", "answers": "[text]",
     },
-    "truth": {},
+    "truth": {"parameters": "bytes"},
 }  # fmt: skip
 REPLIES: dict[str, dict[str, str]] = {
     "setup": {},

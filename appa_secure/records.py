@@ -56,6 +56,8 @@ STATEMENT_MD = "privacy_statement.md"
 STATEMENT_JSON = "privacy_statement.json"
 TRANSCRIPT = "transcript.jsonl"
 REPORT = "report.html"
+SWEEP = "sweep.json"  # in the folder of a sweep: which fields vary, and each run's values
+RESULTS = "results.parquet"  # there too
 POLICY = "policy"
 PREDICTOR = "predictor"
 

@@ -1,28 +1,41 @@
 """Several runs over the values of any fields: `appa-secure sweep aggregation=appa,min seed=1,2`.
 
-Hydra's sweep syntax (`a,b` and `range(1,4)`) is expanded to single configurations, all of them checked before
-the first one starts. Each runs in a process of its own. The folder of a sweep depends on what is held fixed
-and on which fields vary, not on their values: repeating the command goes on where it stopped, and adding a
-seed adds runs.
+The values come from the command line in Hydra's syntax (`a,b`, `range(1,4)`), or from the experiment, whose file
+may declare a study under `sweep`: one mapping of fields to values, or a list of them, each a grid of its own
+
+    sweep:
+      - {seed: [1, 2, 3], privacy: ["off"]}
+      - {seed: [1, 2, 3], privacy: [dp], privacy.epsilon: [8, 3, 1], predictor.rounds: 80}
+
+Fields with lists give the runs their names; one without a list is set, and goes without saying. The command line
+replaces a field's values. All combinations are checked before the first one starts. Each runs in
+a process of its own, as many side by side as there are jobs. The folder of a sweep depends on what is held fixed
+and on which fields vary, not on their values: repeating the command goes on where it stopped, and adding a seed
+adds runs.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from appa_secure import records
-from appa_secure.config import Config, compose, load, parse_overrides
+from appa_secure.config import Config, compose, load, options, parse_overrides
 from appa_secure.errors import AppaError, ConfigError, RunError
 
 
@@ -54,17 +67,10 @@ class Member:
 
 def plan(overrides: list[str]) -> tuple[Member, ...]:
     """Every combination of the values given, checked. ConfigError names the combination at fault."""
-    parsed = parse_overrides(overrides)
-    varying = [override.key_or_group for override in parsed if override.is_sweep_override()]
+    combinations, varying = _combinations(overrides)
     for key in ("name", "output_root"):
         if key in varying:
             raise ConfigError(f"{key} names the folder of the sweep and cannot vary. Fix: give one {key}")
-    try:
-        combinations = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
-    except HydraException as error:
-        raise ConfigError(
-            f"this sweep cannot be expanded: {error}. Fix: list the values, as in seed=1,2"
-        ) from error
     root = _root(combinations[0], varying)
     members: dict[str, Member] = {}
     for combination in combinations:
@@ -85,7 +91,38 @@ def plan(overrides: list[str]) -> tuple[Member, ...]:
     return tuple(members.values())
 
 
-def execute(member: Member, say: Callable[[str], None]) -> bool:
+def note(root: Path, members: Sequence[Member]) -> None:
+    """Write down in `root` which fields vary and what each run has of them; runs of earlier calls stay listed."""
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / records.SWEEP
+    known = json.loads(path.read_text("utf-8")) if path.exists() else {"fields": [], "runs": {}}
+    fields = dict.fromkeys([*known["fields"], *(key for member in members for key in member.varied)])
+    runs = known["runs"] | {member.directory.name: dict(member.varied) for member in members}
+    records.atomic_write(path, json.dumps({"fields": list(fields), "runs": runs}, indent=2) + "\n")
+
+
+def run_all(members: Sequence[Member], jobs: int, say: Callable[[str], None]) -> list[bool]:
+    """Run all members, `jobs` at a time; returns for each whether it ended well.
+
+    Each run gets its share of the cores for its arithmetic: results do not depend on it, the time does. Side by
+    side, runs print into files of their own, `logs/RUN.log` in the folder of the sweep.
+    """
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    seeds = list(dict.fromkeys(member.config.seed for member in members))
+    with ThreadPoolExecutor(jobs, "run") as pool:
+        # Seed after seed, so that what an interrupted sweep has done can be compared.
+        running = {
+            member.directory: pool.submit(execute, member, say, threads, jobs > 1)
+            for member in sorted(members, key=lambda member: seeds.index(member.config.seed))
+        }
+        try:
+            return [running[member.directory].result() for member in members]
+        except BaseException:  # an interrupt reaches the children too; what has not begun must not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def execute(member: Member, say: Callable[[str], None], threads: int, logged: bool) -> bool:
     """Run one member in a process of its own, go on with it, or skip it if it has ended well.
 
     False if it failed. `say` gets a line for people at each turn.
@@ -106,15 +143,93 @@ def execute(member: Member, say: Callable[[str], None]) -> bool:
         say(f"{label}: {error}")
         return False
     command = [sys.executable, "-m", "appa_secure.cli", "run", *arguments]
-    ended = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with ExitStack() as stack:
+        log = None
+        if logged:
+            path = member.directory.parent / "logs" / f"{label}.log"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            log = stack.enter_context(path.open("a", encoding="utf-8"))
+        ended = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=log, check=False, env=environment
+        ).returncode
     if ended:
-        say(f"{label}: ended with code {ended}; the sweep goes on")
+        say(f"{label}: ended with code {ended}{f', see {log.name}' if log else ''}; the sweep goes on")
+    elif logged:
+        say(f"{label}: done")
     return ended == 0
 
 
-def _root(combination: list[str], varying: list[str]) -> Path:
+# --- combinations -------------------------------------------------------------------------------------------
+
+
+def _combinations(overrides: list[str]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Every combination as single overrides, and the fields that vary over them, in the order of first mention."""
+    parsed = parse_overrides(overrides)
+    given = {override.key_or_group: override.input_line or "" for override in parsed}
+    varying = [override.key_or_group for override in parsed if override.is_sweep_override()]
+    grids = declared_sweep(given.get("experiment", "").partition("=")[2])
+    lines = []
+    for grid in grids or [{}]:
+        extra = [_choice(key, value) for key, value in grid.items() if key not in given]
+        lines += _expand([*overrides, *extra])
+    if grids:
+        lists = (key for grid in grids for key, value in grid.items() if isinstance(value, list))
+        declared = list(dict.fromkeys(lists))
+        values = {key: {_value_of(line, key) for line in lines} for key in declared}
+        varying += [key for key in declared if key not in varying and len(values[key]) > 1]
+        # Grids whose difference was overridden on the command line fall together.
+        lines = list(dict.fromkeys(lines))
+    return lines, varying
+
+
+def declared_sweep(experiment: str) -> list[dict[str, Any]]:
+    """The grids under `sweep` in an experiment's file: field or group -> value or list of values. Often none.
+
+    Raises ConfigError for a file that declares something else.
+    """
+    if experiment not in options("experiment"):
+        return []  # compose says so, with the nearest name
+    file = resources.files("configs").joinpath("experiment", f"{experiment}.yaml")
+    found = OmegaConf.to_container(OmegaConf.create(file.read_text("utf-8"))) or {}
+    grids = found.get("sweep", []) if isinstance(found, dict) else []
+    grids = [grids] if isinstance(grids, dict) else grids
+    if not all(isinstance(grid, dict) for grid in grids):
+        raise ConfigError(
+            f"experiment={experiment}: sweep is not a mapping of fields to values, or a list of them"
+        )
+    return [{str(key): value for key, value in grid.items()} for grid in grids]
+
+
+def _expand(overrides: list[str]) -> list[tuple[str, ...]]:
+    try:
+        batches = BasicSweeper.split_arguments(parse_overrides(overrides), max_batch_size=None)
+    except HydraException as error:
+        raise ConfigError(
+            f"this sweep cannot be expanded: {error}. Fix: list the values, as in seed=1,2"
+        ) from error
+    return [tuple(text.lstrip("+") for text in combination) for combination in batches[0]]
+
+
+def _choice(key: str, value: Any) -> str:
+    """A field's declared value, or list of values, as one override."""
+    values = value if isinstance(value, list) else [value]
+    return f"{key}=" + ",".join(_as_override(one) for one in values)
+
+
+def _as_override(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) if isinstance(value, int | float) or value.isidentifier() else _quoted(str(value))
+
+
+def _value_of(line: tuple[str, ...], key: str) -> str | None:
+    return next((text.partition("=")[2] for text in line if text.partition("=")[0] == key), None)
+
+
+def _root(combination: Sequence[str], varying: list[str]) -> Path:
     """Folder of the sweep: output_root/name, the name made from what is fixed unless it is given."""
-    config = compose(combination)
+    config = compose(list(combination))
     fixed = sorted(text for text in combination if text.partition("=")[0] not in varying)
     name = config.name or f"sweep-{config.experiment}-{records.digest([fixed, sorted(varying)])[:8]}"
     return Path(config.output_root) / name

@@ -297,6 +297,9 @@ class Client:
         plan, index = self.agreement.plan, body["round"]
         if index >= plan.rounds:
             raise Refusal("PlanExceeded", f"predictor round {index + 1}, the agreed plan has {plan.rounds}")
+        if plan.training != "federated":
+            # The noise of such a plan is right for the curator's releases, not for this client's own.
+            raise Refusal("NotAllowed", f"predictor.training={plan.training}: clients send no updates")
         self._check_session(body, PREDICTOR)
         if self._state.get("predicted"):
             # The answered rounds are forgotten with the updates: answering again would be a release nobody paid for.
@@ -346,19 +349,23 @@ class Client:
         )
         if self._state["history"]:
             raise Refusal("OutOfOrder", "alignment has begun; the predictor cannot change any more")
+        self._state["predicted"] = {q: p.tobytes() for q, p in self._predictions(vector, "freeze").items()}
+        self._state["vector"] = {}
+        for kind in ("train", "truth"):  # their answers are out of date
+            self._state["answered"].pop(kind, None)
+        self._scorer = None
+        return pack(REPLIES, "freeze")
+
+    def _predictions(self, vector: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+        """This group's predicted preferences for every question under the predictor's parameters `vector` (P,)."""
         unflatten(self._model, vector)
         plan, asked = self.agreement.plan, self.agreement.question_order
         shares = self._shares(plan.context)
         points = context_points([self._embeddings[q] for q in shares], list(shares.values()))
         predicted = predict(self._model, points, [self._embeddings[q] for q in asked])
         if not all(np.isfinite(p).all() for p in predicted):
-            raise RemoteMisbehaviour(COORDINATOR, "freeze: the predictor's answers are not finite numbers")
-        self._state["predicted"] = {q: p.tobytes() for q, p in zip(asked, predicted, strict=True)}
-        self._state["vector"] = {}
-        for kind in ("train", "truth"):  # their answers are out of date
-            self._state["answered"].pop(kind, None)
-        self._scorer = None
-        return pack(REPLIES, "freeze")
+            raise RemoteMisbehaviour(COORDINATOR, f"{kind}: the predictor's answers are not finite numbers")
+        return dict(zip(asked, predicted, strict=True))
 
     # -- alignment -------------------------------------------------------------------------------------------------
 
@@ -458,13 +465,20 @@ class Client:
     # -- measurement -----------------------------------------------------------------------------------------------
 
     def _truth(self, body: Mapping[str, Any]) -> bytes:
-        """True and predicted distributions, for measuring a simulation; refused where evaluation.truth is off."""
+        """True and predicted distributions, for measuring a simulation; refused where evaluation.truth is off.
+
+        With parameters: the predictions they would give, so that training can be measured while it goes on.
+        """
         if not self.agreement.truth:
             raise Refusal(
                 "NotAllowed", "evaluation.truth is off at this site: true distributions never leave it"
             )
         known = {q: self._data.distribution(q) for q in self.agreement.questions if self._data.has(q)}
-        predicted = {q: np.frombuffer(p) for q, p in self._state.get("predicted", {}).items()}
+        if raw := body["parameters"]:
+            size = self.agreement.predictor_size
+            predicted = self._predictions(unpack_vector(raw, COORDINATOR, "truth.parameters", size), "truth")
+        else:
+            predicted = {q: np.frombuffer(p) for q, p in self._state.get("predicted", {}).items()}
         tables = {"distributions": known, "predictions": predicted}
         return pack(
             REPLIES, "truth",

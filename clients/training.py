@@ -122,9 +122,14 @@ class LocalTrainer(Trainer):
         std = self.plan.noise_multiplier * sensitivity.gradient_sum(self.plan.clip)
         total = self._clipped_sum(model, here, examples)
         total += gaussian(self.noise_key, f"dp-sgd/{label}", len(total), std)
-        # The number of answers is private: the sum is scaled by the public rate and a private-context estimate.
-        scale = 1.0 / max(1.0, self.plan.expected_batch(self.expected, len(questions)))
-        unflatten(model, flatten(model) - self.plan.lr * scale * total)
+        unflatten(model, flatten(model) - self.plan.lr * self.scale(len(questions)) * total)
+
+    def scale(self, questions: int) -> float:
+        """What a step's sum of gradients is multiplied by; `questions`: how many the step asks.
+
+        The number of answers is private: this is the public rate and an estimate from the private context.
+        """
+        return 1.0 / max(1.0, self.plan.expected_batch(self.expected, questions))
 
     def _clipped_sum(
         self, model: PreferencePredictor, questions: Sequence[str], examples: Examples

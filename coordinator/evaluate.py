@@ -111,15 +111,18 @@ class Evaluator:
 
     def predictor(self, qids: Sequence[str]) -> dict[str, Any]:
         """Agreement of the private predictions with the truth: `own`, each group's for itself, and `shared`, their mean
-        over groups for everybody. Where the two are alike, the predictor has not learnt how groups differ."""
+        over groups for everybody. Where the two are alike, the predictor has not learnt how groups differ.
+        `pluralllm`: own predictions in PluralLLM's score, 1 - sqrt(JSD in nats) (arXiv 2503.09925), whatever the reward.
+        """
         predicted = self.truth.predicted
         shared = {q: np.mean([by[q] for by in predicted.values() if q in by], axis=0) for q in qids}
         answers = [shared[q] for q in qids]
         own = {g: _mean(self.scores(qids, [by[q] for q in qids])[g]) for g, by in predicted.items()}
         everybody = {g: _mean(row) for g, row in self.scores(qids, answers).items()}
+        published = {g: _pluralllm(self.truth.groups[g], by, qids) for g, by in predicted.items()}
         return {
             name: _summary({g: m for g, m in means.items() if m is not None})
-            for name, means in (("own", own), ("shared", everybody))
+            for name, means in (("own", own), ("shared", everybody), ("pluralllm", published))
         }
 
     def _intervals(self, table: np.ndarray) -> dict[str, list[float]]:
@@ -151,6 +154,16 @@ class Evaluator:
             "min_at_avg": None if average is None else average["min"],
             "uniform": None if found["uniform"] is None else found["uniform"]["avg"],
         }
+
+
+def _pluralllm(
+    truth: Mapping[str, np.ndarray], predicted: Mapping[str, np.ndarray], qids: Sequence[str]
+) -> float | None:
+    known = [q for q in qids if q in truth]
+    if not known:
+        return None
+    similar = Scorer("js", truth, dict.fromkeys(truth)).score(known, [predicted[q] for q in known])
+    return float(np.mean(1.0 - np.sqrt(np.log(2.0) * (1.0 - similar))))
 
 
 def _mean(row: np.ndarray) -> float | None:

@@ -2,6 +2,8 @@
 
     setup -> context -> predictor -> warmup -> before -> align -> after
 
+A run with `until: predictor` ends after the third, with a summary of what it has.
+
 A run that was killed goes on at the stage it was in and ends with the same policy, metrics and ledger as one that was
 not: randomness is a function of the seed and the position, sums are exact, and what a step opened is journalled.
 """
@@ -32,7 +34,7 @@ from appa_secure.tasks import completion_length, parse, prompt, random_answer
 from coordinator.evaluate import Evaluator, Truth
 from coordinator.policies import build_policy, lora_config, warm_up
 from coordinator.ppo import PPOTrainer, latest_checkpoint, make_config
-from coordinator.predictor import record_ledger, train_predictor
+from coordinator.predictor import Sums, record_ledger, train_predictor
 from coordinator.reward import FederatedReward
 from coordinator.rounds import Federation, Rounds, ask
 from coordinator.sampling import sample
@@ -47,14 +49,16 @@ class Pipeline:
 
     def __init__(
         self, config: Config, agreement: Agreement, heldout: tuple[str, ...], federation: Federation, run: RunDir,
-        progress: Progress, nominal: bool,
+        progress: Progress, nominal: bool, curator: Sums | None = None,
     ) -> None:  # fmt: skip
         self.config, self.agreement, self.heldout = config, agreement, heldout
         self.federation, self.run_dir, self.progress, self.nominal = federation, run, progress, nominal
         self.rounds = Rounds(agreement, federation, run)
+        self.curator = curator  # trains the predictor in the clients' place, in a simulation
         self.train = agreement.plan.train
         self._evaluator: Evaluator | None = None
-        protected = config.privacy.enabled and config.privacy.secure_rng and not agreement.clear
+        apart = not agreement.clear and config.predictor.training == "federated"
+        protected = config.privacy.enabled and config.privacy.secure_rng and apart
         # What training alone writes; what is measured against the truth is stamped by itself, and stamps the summary.
         self._trained = PRIVATE if protected else NOT_PRIVATE
         self.stamp = NOT_PRIVATE if config.evaluation.truth else self._trained
@@ -69,10 +73,11 @@ class Pipeline:
         self._stage("setup", self._setup)
         self._stage("context", self._context)
         self._stage("predictor", self._predictor)
-        self._stage("warmup", self._warmup)
-        self._stage("before", lambda: self._measure("policy/warm"))
-        self._stage("align", self._align)
-        self._stage("after", lambda: self._measure("policy"))
+        if self.config.until == "align":
+            self._stage("warmup", self._warmup)
+            self._stage("before", lambda: self._measure("policy/warm"))
+            self._stage("align", self._align)
+            self._stage("after", lambda: self._measure("policy"))
         return self._summary()
 
     def _stage(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
@@ -86,7 +91,10 @@ class Pipeline:
     def _setup(self) -> dict[str, Any]:
         agreement = self.agreement
         if not len(self.run_dir.transcript):
-            self.run_dir.transcript.run(agreement.plan.run, agreement.digest().hex(), mode=agreement.mode)
+            training = {} if self.curator is None else {"training": agreement.plan.training}
+            self.run_dir.transcript.run(
+                agreement.plan.run, agreement.digest().hex(), mode=agreement.mode, **training
+            )
         ask(self.federation, "setup", run=agreement.plan.run, agreement=agreement.digest())
         return {}
 
@@ -107,16 +115,32 @@ class Pipeline:
             self.progress.step("predictor", number, total, eps=spent)
 
         theta = train_predictor(
-            self.agreement, self.rounds, self.run_dir, self.config.seed, self.config.predictor.server_lr, done
-        )
+            self.agreement, self.curator or self.rounds, self.run_dir, self.config.seed, self.config.predictor.server_lr, done,
+            self._seen_predictor(),
+        )  # fmt: skip
         self.rounds.close()
         ask(self.federation, "freeze", parameters=theta.astype("<f4").tobytes())
         np.save(self.run_dir.path("predictor") / "parameters.npy", theta)
         self._stamp_folder("predictor")
         if not self.config.evaluation.truth:
             return {}
-        evaluator = self._measuring()
-        return {"alignment": {n: evaluator.predictor(q) for n, q in self._measured()}}
+        return {"alignment": self._predicted(self._measuring())}
+
+    def _predicted(self, evaluator: Evaluator) -> dict[str, Any]:
+        return {name: evaluator.predictor(qids) for name, qids in self._measured()}
+
+    def _seen_predictor(self) -> Callable[[int, np.ndarray], None]:
+        """What is measured of the predictor while it learns: rows of measurement.jsonl with `round` instead of `step`."""
+        every, total = self.config.evaluation.predictor_every, self.agreement.plan.rounds
+        known = {row.get("round") for row in self.run_dir.measurement} if every else set()
+
+        def seen(number: int, theta: np.ndarray) -> None:
+            if every and (number % every == 0 or number == total) and number not in known:
+                found = self._predicted(self._evaluator_of(theta.astype("<f4").tobytes()))
+                row = {"stamp": NOT_PRIVATE, "stage": "predictor", "round": number, **found}
+                self.run_dir.measurement.append(row)
+
+        return seen
 
     def _warmup(self) -> dict[str, Any]:
         c, task = self.config, self.agreement.task
@@ -186,7 +210,7 @@ class Pipeline:
         every = self.config.evaluation.every
         if not self.config.evaluation.truth or not every:
             return None
-        known = {row["step"] for row in self.run_dir.measurement}
+        known = {row.get("step") for row in self.run_dir.measurement}
         evaluator = self._measuring()
 
         def seen(step: int, qids: Any, answers: Any, row: dict[str, Any]) -> None:
@@ -247,10 +271,14 @@ class Pipeline:
 
     def _measuring(self) -> Evaluator:
         if self._evaluator is None:
-            c = self.config
-            truth = Truth.gather(self.agreement, ask(self.federation, "truth"))
-            self._evaluator = Evaluator(self.agreement, truth, c.task.style, c.evaluation.bootstrap, c.seed)
+            self._evaluator = self._evaluator_of(b"")
         return self._evaluator
+
+    def _evaluator_of(self, parameters: bytes) -> Evaluator:
+        """With the clients' predictions under `parameters`; those of the final predictor where there are none."""
+        c, replies = self.config, ask(self.federation, "truth", parameters=parameters)
+        truth = Truth.gather(self.agreement, replies)
+        return Evaluator(self.agreement, truth, c.task.style, c.evaluation.bootstrap, c.seed)
 
     def _stamp_folder(self, name: str) -> None:
         """Say beside the weights whether they are private, because folders are copied without their run."""
@@ -269,7 +297,7 @@ class Pipeline:
         c, run, agreement = self.config, self.run_dir, self.agreement
         stages = {name: run.stage_done(name) or {} for name in _STAGES}
         alignment = ceilings = closed = None
-        if c.evaluation.truth:
+        if c.evaluation.truth and c.until == "align":
             names = ("train", "heldout")
             alignment = {s: {"before": stages["before"][s], "after": stages["after"][s]} for s in names}
             ceilings = {s: self._measuring().ceilings(q) for s, q in self._measured()}
@@ -280,11 +308,12 @@ class Pipeline:
         run.write_json(STATEMENT_JSON, {**private, "output_noise": output})
         words = markdown(private) + ("" if output is None else "\n" + output_markdown(output))
         atomic_write(run.path(STATEMENT_MD), words)
-        last = list(run.metrics)[-1] if len(run.metrics) else {}
+        last: dict[str, Any] = next((row for row in reversed(list(run.metrics)) if "step" in row), {})
         summary = {
             "experiment": c.experiment,
             "seed": c.seed,
             "stamp": self.stamp,
+            "until": c.until,
             "groups": sorted(set(agreement.groups.values())),
             "questions": {
                 "context": len(agreement.plan.context), "train": len(self.train), "heldout": len(self.heldout),
@@ -303,7 +332,7 @@ class Pipeline:
             "secagg": self._traffic(),
             "stopped": stages["align"].get("stopped"),
             "last_step": {k: last.get(k) for k in ("step", "reward", "fi", "h_mean", "soft_min")},
-            "seconds": {name: stage.get("seconds") for name, stage in stages.items()},
+            "seconds": {name: stage["seconds"] for name, stage in stages.items() if "seconds" in stage},
             "packages": environment(),
             "transcript_head": run.transcript.head,
         }  # fmt: skip

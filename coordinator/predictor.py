@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,10 +24,19 @@ from appa_secure.predictor import PreferencePredictor, flatten
 from appa_secure.privacy.ledger import ROW_FIELDS
 from appa_secure.records import RunDir
 from appa_secure.secagg.errors import BadEncoding
-from coordinator.rounds import NotOpened, Rounds
+from appa_secure.secagg.fixedpoint import Layout
+from coordinator.rounds import NotOpened, Summed
 
 _BETA1, _BETA2, _EPS = 0.9, 0.99, 1e-8
 _PATIENCE = 5
+
+
+class Sums(Protocol):
+    """Where sums of updates come from: `Rounds`, or the curator of a centralised simulation."""
+
+    def sum(self, session: str, kind: str, payload: Mapping[str, Any], layout: Layout) -> Summed | NotOpened:
+        """See `Rounds.sum`."""
+        ...
 
 
 def initial_predictor(agreement: Agreement, seed: int) -> np.ndarray:
@@ -39,15 +48,17 @@ def initial_predictor(agreement: Agreement, seed: int) -> np.ndarray:
 
 def train_predictor(
     agreement: Agreement,
-    rounds: Rounds,
+    rounds: Sums,
     run: RunDir,
     seed: int,
     server_lr: float,
     progress: Callable[[int, float | None], None],
+    measure: Callable[[int, np.ndarray], None] = lambda done, theta: None,
 ) -> np.ndarray:
     """Run (or go on with) all rounds of the plan; returns the parameters (P,) float32.
 
-    The state after each round is on disk before the next begins. progress: called with (rounds done, highest epsilon).
+    The state after each round is on disk before the next begins. progress: called with (rounds done, highest epsilon);
+    measure: called with (rounds done, parameters (P,)).
     """
     path = run.path("predictor") / "state.npz"
     path.parent.mkdir(exist_ok=True)
@@ -79,6 +90,7 @@ def train_predictor(
         theta = theta - server_lr * _decay(done, total) * step
         # Reported first: a kill between the two repeats the round and reports it once more, and none is left out.
         progress(done, max((s for s in spent if s is not None), default=None))
+        measure(done, theta)
         _save(path, {"round": np.array(done), "theta": theta, "m": m, "v": v})
     return theta.astype(np.float32)
 

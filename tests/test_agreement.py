@@ -57,6 +57,7 @@ def test_every_agreed_field_changes_the_digest(agreement) -> None:
         "clip": 2.0, "questions_per_step": 2, "lr": 0.2, "private": False,
         "unit": "record",
         "sample_rate": 0.1, "noise_multiplier": 1.0, "answers_per_unit": 7, "mechanism": "histogram",
+        "training": "pooled", "turns": 5,
     }  # fmt: skip
     assert {f.name for f in fields(agreement.plan)} == set(plans)
     changed += [replace(agreement, plan=replace(agreement.plan, **{k: v})) for k, v in plans.items()]
@@ -179,6 +180,17 @@ def test_histograms_are_the_plans_one_event_and_take_the_whole_budget(unit: str,
     assert epsilon([louder], c.privacy.delta, "rdp") > 2.0
     off = make_plan(config(enabled=False, mechanism="histogram"), "run", SPLIT)
     assert off.released == SPLIT.context  # without privacy there is nothing to release
+
+
+def test_training_on_one_group_per_round_is_charged_for_that_groups_turns() -> None:
+    """30 rounds of 5 groups are 6 turns each; 12 questions, 4 per step: each question in every third turn."""
+    whole = config(epsilon=6.0, context_noise=12.0)
+    training = whole.predictor.model_copy(update={"training": "one_group"})
+    plan = make_plan(whole.model_copy(update={"predictor": training}), "run", SPLIT, 5)
+    assert (plan.training, plan.turns, plan.participations(30)) == ("one_group", 5, 2)
+    everybody = make_plan(whole, "run", SPLIT, 5)
+    assert (everybody.turns, everybody.participations(30)) == (1, 10)
+    assert plan.noise_multiplier < everybody.noise_multiplier
 
 
 def test_without_privacy_there_is_no_noise_and_without_room_no_plan() -> None:

@@ -5,10 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 
 from appa_secure import cli, config_checks, records
@@ -98,8 +101,10 @@ def test_help_of_run_lists_the_groups_and_main_fields(call: Call, monkeypatch: p
     monkeypatch.setenv("NO_COLOR", "1")
     code, shown, _ = call("run", "--help")
     assert code == 0
+    together = " ".join(shown.split())
     for group in GROUPS:
-        assert re.search(rf"^ *{group} +{' '.join(options(group))} *$", shown, re.MULTILINE), group
+        assert re.search(rf"^ *{group} +{options(group)[0]}", shown, re.MULTILINE), group
+        assert f"{group} {' '.join(options(group))} " in together
     for field in cli._MAIN_FIELDS:
         # The meaning follows on one line of its own: it was not wrapped.
         assert re.search(rf"^   {re.escape(field)} *\n       \S.*\n(   \S| *$)", shown, re.MULTILINE), field
@@ -278,6 +283,99 @@ def test_a_run_killed_before_it_wrote_its_options_starts_again(
     assert (foreign / "notes.txt").read_text("utf-8") == "keep me"
 
 
+GRIDS = [
+    {"seed": [1, 2], "privacy": ["off"]},
+    {"seed": [1, 2], "privacy": ["dp"], "privacy.epsilon": [8, 3], "predictor.rounds": 3},
+]
+DECLARED = ("+experiment=smoke", "until=predictor")
+
+
+@pytest.fixture
+def declared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The smoke experiment declares GRIDS for the time of a test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweeping, "declared_sweep", lambda name: GRIDS if name == "smoke" else [])
+
+
+def test_an_experiment_declares_its_sweep(declared: None) -> None:
+    members = sweeping.plan([*DECLARED])
+    assert [member.directory.name for member in members] == [
+        "seed-1_privacy-off", "seed-2_privacy-off",
+        "seed-1_privacy-dp_epsilon-8", "seed-1_privacy-dp_epsilon-3",
+        "seed-2_privacy-dp_epsilon-8", "seed-2_privacy-dp_epsilon-3",
+    ]  # fmt: skip
+    found = [
+        (m.config.privacy.enabled, m.config.privacy.epsilon, m.config.predictor.rounds) for m in members[1:4]
+    ]
+    assert found == [(False, 8.0, 2), (True, 8.0, 3), (True, 3.0, 3)]
+    # The command line replaces a field's values; the folder knows which fields vary, not their values.
+    fewer = sweeping.plan([*DECLARED, "seed=1,7"])
+    assert [member.config.seed for member in fewer] == [1, 7, 1, 1, 7, 7]
+    assert fewer[0].directory == members[0].directory
+    single = sweeping.plan([*DECLARED, "privacy=off"])
+    assert [member.directory.name for member in single] == [
+        "seed-1", "seed-2", "seed-1_epsilon-8", "seed-1_epsilon-3", "seed-2_epsilon-8", "seed-2_epsilon-3",
+    ]  # fmt: skip
+
+
+def test_the_declared_studies_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_checks, "environment_problems", lambda config: [])
+    studies = [name for name in options("experiment") if sweeping.declared_sweep(name)]
+    assert "predictor_opinionqa" in studies
+    for name in studies:
+        where = [] if "synthetic" in name else ["data.path=somewhere"]
+        members = sweeping.plan([f"experiment={name}", *where])
+        assert len({member.config.seed for member in members}) >= 3
+        assert all(member.config.experiment == name for member in members)
+    assert sweeping.declared_sweep("smoke") == []
+
+
+def test_seeds_come_one_after_the_other_and_jobs_share_the_cores(
+    call: Call, children: list[list[str]], declared: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+    run = sweeping.subprocess.run
+
+    alone = threading.Lock()  # the stand-in composes in this process, and Hydra is no friend of threads
+
+    def watched(command: list[str], **how: Any) -> Any:
+        with alone:
+            seen.append(how)
+            return run(command, **how)
+
+    monkeypatch.setattr(sweeping.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(sweeping.subprocess, "run", watched)
+    assert call("sweep", *DECLARED, "name=one")[0] == 0
+    assert [next(word for word in words if word.startswith("seed=")) for words in children] == [
+        *["seed=1"] * 3, *["seed=2"] * 3,
+    ]  # fmt: skip
+    assert {how["env"]["OMP_NUM_THREADS"] for how in seen} == {"8"}
+    assert all(how["stderr"] is None for how in seen)
+    seen.clear()
+    assert call("sweep", *DECLARED, "name=four", "--jobs", "4")[0] == 0
+    assert {how["env"]["OMP_NUM_THREADS"] for how in seen} == {"2"}
+    assert len(list(Path("runs/four/logs").iterdir())) == len(seen) == 6
+
+
+def test_a_sweep_leaves_one_tidy_table_and_a_report(call: Call, children: list[list[str]]) -> None:
+    assert call("sweep", "experiment=smoke", "aggregation=appa,average", "seed=1,2", "name=both")[0] == 0
+    frame = pd.read_parquet("runs/both/results.parquet")
+    assert set(frame["run"]) == {f"aggregation-{a}_seed-{s}" for a in ("appa", "average") for s in (1, 2)}
+    means = frame[
+        (frame["part"] == "policy.after") & (frame["split"] == "train") & (frame["metric"] == "avg")
+    ]
+    assert means["value"].tolist() == [0.625] * 4
+    assert set(means["aggregation.kind"]) == {"appa", "average"}
+    code, out, _ = call("report", "runs/both")
+    assert (code, out) == (0, "runs/both/report.html\n")
+    assert Path("runs/both/figures/plane_train.png").read_bytes().startswith(b"\x89PNG")
+    code, out, _ = call("report", "--markdown", "--by", "aggregation", "runs/both")
+    assert code == 0
+    assert "| average − appa | training | Avg | 2 |" in out
+    assert call("report", "runs/both", "--by", "ppo.steps")[0] == 2
+    assert call("report", "runs/both/aggregation-appa_seed-1", "--by", "aggregation")[0] == 2
+
+
 # --- report ------------------------------------------------------------------------------------------------
 
 
@@ -405,7 +503,7 @@ def check(words: list[str]) -> None:
     if command == "run" and "--resume" not in arguments:
         compose(arguments)
     elif command == "sweep":
-        sweeping.plan(arguments)
+        sweeping.plan([word for word in arguments if not re.fullmatch(r"--jobs|-j|\d+", word)])
     else:
         assert command in ("run", "report", "audit", "fields", "--help", "--version"), words
 

@@ -24,6 +24,9 @@ NEEDS = {
     "secagg=cohort": ["federation.members_per_group=5"],
     "experiment=opinionqa_dense": [f"data.path={HERE}"],
     "experiment=globalopinionqa_8": [f"data.path={HERE}"],
+    "experiment=predictor_opinionqa": [f"data.path={HERE}"],
+    "experiment=predictor_central_opinionqa": [f"data.path={HERE}"],
+    "experiment=predictor_central_globalopinionqa": [f"data.path={HERE}"],
 }
 CHOICES = [f"{group}={option}" for group in GROUPS for option in options(group)]
 
@@ -206,6 +209,22 @@ REFUSED = [
     ("aggregation=max aggregation.sharpness=80", "aggregation.sharpness", "rounding"),
     ("aggregation.temperature=0.01", "aggregation.temperature", "rounding"),
     ("ppo.minibatch_size=63", "ppo.minibatch_size", "ppo.minibatch_size=64"),
+    ("until=warmup", "until", "'predictor' or 'align'"),
+    (
+        "evaluation.truth=false evaluation.predictor_every=5",
+        "evaluation.predictor_every",
+        "evaluation.truth is off",
+    ),
+    (
+        f"data=table data.path={HERE} data.ordinal_only=true predictor.training=pooled",
+        "predictor.training",
+        "simulated and published data only",
+    ),
+    (
+        "predictor.training=one_group predictor.local_steps=2",
+        "predictor.local_steps",
+        "predictor.local_steps=1",
+    ),
 ]
 
 
@@ -264,6 +283,12 @@ def test_all_problems_are_named_at_once() -> None:
     ]  # fmt: skip
 
 
+def test_a_centralised_predictor_needs_everybody_in_one_process() -> None:
+    pytest.importorskip("ray", reason="Flower's simulation engine is not installed")
+    with pytest.raises(ConfigError, match=r"predictor\.training=pooled.*federation=local"):
+        compose(["predictor.training=pooled", "federation=simulation"])
+
+
 def test_simulation_without_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_checks, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"federation\.kind=simulation.*appa-secure\[simulation\]"):
@@ -278,6 +303,7 @@ def test_simulation_without_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         ("secagg.release=recover", "subtract"),
         ("secagg.release=recover aggregation.variant=paper", "renormalised"),
         ("privacy.delta=0.01", "1e-6 is usual"),
+        ("predictor.training=pooled", "one trusted party"),
         ("ppo.steps=5", "final one"),
         (f"experiment=globalopinionqa_8 data.path={HERE}", "1000 respondents"),
     ],

@@ -21,7 +21,8 @@ class TrainingPlan:
     """One federated training of the predictor.
 
     train, context: question ids; noise_multiplier is 0 exactly when `private` is False, and of the DP-SGD rounds
-    (mechanism "dpsgd") or of the one release of histograms ("histogram").
+    (mechanism "dpsgd") or of the one release of histograms ("histogram"). training: "federated", or where one party
+    trains on everybody's answers (clients/centralised.py). turns: rounds from one turn of a client to its next.
     """
 
     run: str
@@ -39,6 +40,8 @@ class TrainingPlan:
     noise_multiplier: float
     answers_per_unit: int
     mechanism: str = "dpsgd"
+    training: str = "federated"
+    turns: int = 1
 
     @property
     def noisy_rounds(self) -> bool:
@@ -56,11 +59,11 @@ class TrainingPlan:
         return math.ceil(len(self.train) / self.questions_per_step)
 
     def steps(self, round_index: int) -> list[list[str]]:
-        """The training questions of each local step of a round (0-based)."""
-        out = []
-        for step in range(round_index * self.local_steps, (round_index + 1) * self.local_steps):
-            turn, part = divmod(step, self.steps_per_pass)
-            order = np.random.default_rng([self.seed, 0xBA7C4, turn]).permutation(len(self.train))
+        """The training questions of each local step of a round (0-based), for the clients whose turn it is."""
+        out, turn = [], round_index // self.turns
+        for step in range(turn * self.local_steps, (turn + 1) * self.local_steps):
+            again, part = divmod(step, self.steps_per_pass)
+            order = np.random.default_rng([self.seed, 0xBA7C4, again]).permutation(len(self.train))
             out.append([self.train[i] for i in np.array_split(order, self.steps_per_pass)[part]])
         return out
 
@@ -70,12 +73,13 @@ class TrainingPlan:
         A response or a record belongs to one question, which occurs once per pass; a respondent's answers may be
         spread over all questions, so a respondent can take part in every step.
         """
-        steps = rounds * self.local_steps
+        steps = math.ceil(rounds / self.turns) * self.local_steps
         return steps if self.unit == "respondent" else math.ceil(steps / self.steps_per_pass)
 
     def event(self, round_index: int) -> GaussianEvent:
-        """What the release of round `round_index` (0-based) adds to a unit's account."""
-        more = self.participations(round_index + 1) - self.participations(round_index)
+        """What a client's release in round `round_index` (0-based) adds to a unit's account."""
+        began = round_index // self.turns * self.turns
+        more = self.participations(began + self.turns) - self.participations(began)
         return GaussianEvent(self.noise_multiplier, self.sample_rate, more)
 
     def expected_batch(self, responses_per_question: float, questions: int) -> float:

@@ -123,6 +123,11 @@ def _not_covered(config: Config, nominal: bool) -> list[str]:
             "A person who answered many questions is protected per answer; all answers together are not one unit. "
             "A person who is counted in several groups loses what is stated for two or three groups."
         )
+    if config.predictor.training != "federated":
+        out.append(
+            f"predictor.training={config.predictor.training}: one trusted party held all groups' answers while the "
+            "predictor was trained. The guarantee holds towards everybody but that party."
+        )
     if config.evaluation.truth:
         out.append(
             "evaluation.truth=true: this run measured itself against true distributions. Everything it measured, and the "

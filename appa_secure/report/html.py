@@ -15,14 +15,14 @@ from appa_secure.records import REPORT, atomic_write
 from appa_secure.report import plots, tables, words
 from appa_secure.report.run import Run, load_run
 
-_environment = Environment(
+environment = Environment(
     loader=PackageLoader("appa_secure.report", "templates"),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_environment.filters |= {
+environment.filters |= {
     "number": words.number,
     "interval": words.interval,
     "percent": words.percent,
@@ -37,7 +37,7 @@ def render(run_dir: Path) -> Path:
     Raises RunError if `run_dir` holds nothing of a run.
     """
     run = load_run(run_dir)
-    page = _environment.get_template("run.html").render(**_context(run))
+    page = environment.get_template("run.html").render(**_context(run))
     atomic_write(run_dir / REPORT, page)
     return run_dir / REPORT
 
@@ -63,7 +63,7 @@ def compare(run_dirs: Sequence[Path], output: Path | None = None) -> tuple[str, 
                 f"{label}: average {x:.3f}, worst-off {y:.3f}" for label, (x, y) in points.items()
             )
             figures.append((name.capitalize(), figure(plots.average_against_worst(points, name), alt)))
-    page = _environment.get_template("comparison.html").render(
+    page = environment.get_template("comparison.html").render(
         heads=tables.HEADS,
         lines=[tables.cells(row) for row in rows],
         figures=figures,

@@ -10,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from appa_secure.report.run import Run, load_run
+from appa_secure.report.run import Run, load_run, lookup
 from appa_secure.report.words import banner, duration, gap_closed, number, percent
 
 # Fields in which runs differ without being different experiments.
@@ -33,6 +33,8 @@ def terminal_table(summary: Mapping[str, Any]) -> Table:
         before, after = run.alignment(split, "before"), run.alignment(split, "after")
         if before is not None and after is not None:
             splits.append((split, before, after))
+    if not splits and (predicted := lookup(summary, "predictor")) is not None:
+        return _predictor_table(run, predicted, table)
     if not splits:
         table.title = "Agreement with the groups"
         table.add_column("group")
@@ -55,6 +57,24 @@ def terminal_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("average", *_cells([(b.avg, a.avg) for _, b, a in splits]), style="bold")
     table.add_row("worst-off", *_cells([(b.min, a.min) for _, b, a in splits]), style="bold")
     table.add_row("fairness index", *_cells([(b.fairness, a.fairness) for _, b, a in splits], digits=4))
+    return table
+
+
+def _predictor_table(run: Run, predicted: Mapping[str, Any], table: Table) -> Table:
+    """Of a run that ended with the predictor: each group's own predictions, and the mean of all groups' for it."""
+    table.title = "Agreement of predictions with each group's true answers (1 = identical)"
+    table.add_column("group", overflow="fold")
+    found = []
+    for split, heading in (("train", "training"), ("heldout", "held-out")):
+        for which in ("own", "shared"):
+            table.add_column(f"{heading}\n{which}", justify="right")
+            found.append(lookup(predicted, f"{split}.{which}") or {})
+    for name in run.groups:
+        table.add_row(escape(name), *(number(one.get("per_group", {}).get(name)) for one in found))
+    table.add_section()
+    table.add_row("average", *(number(one.get("avg")) for one in found), style="bold")
+    table.add_row("worst-off", *(number(one.get("min")) for one in found), style="bold")
+    table.add_row("fairness index", *(number(one.get("fairness_index"), 4) for one in found))
     return table
 
 

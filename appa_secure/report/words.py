@@ -130,6 +130,12 @@ def headline(run: Run) -> list[str]:
     if not run.finished:
         return _unfinished(run)
     who = f"{len(run.groups)} groups of people" if run.groups else "several groups of people"
+    if run.get("until") == "predictor":
+        return [
+            f"A predictor learned how {who} answer survey questions. The run ends here by its own choice "
+            "(until=predictor): no language model was trained.",
+            *([said] if (said := predictor(run)) else []),
+        ]
     outcomes = [
         sentence
         for split, lead in (
@@ -185,7 +191,13 @@ def banner(run: Run) -> Banner | None:
             "Secure aggregation was OFF: the coordinator saw what every single group sent, including each "
             "group's rewards."
         )
-    if run.measurement or run.alignment("train", "after") or run.alignment("heldout", "after"):
+    if run.get("predictor.training", "federated") != "federated":
+        reasons.append(
+            "The predictor was trained by one trusted party that held all groups' answers, for comparison. What the "
+            "report says of secure aggregation does not hold for that training, and privacy does not hold towards it."
+        )
+    measured = lookup(run.summary, "predictor") or run.measurement
+    if measured or run.alignment("train", "after") or run.alignment("heldout", "after"):
         reasons.append(
             "The groups' true answers were used to measure the result. The figures of this report that "
             "compare with true answers are not covered by the privacy guarantee."
@@ -201,7 +213,8 @@ def banner(run: Run) -> Banner | None:
         reasons.append("The run marked itself so; its records do not say why.")
     if not reasons:
         return None
-    protected = run.dp_enabled is True and run.secagg_mode in ("blind", "cohort")
+    apart = run.get("predictor.training", "federated") == "federated"
+    protected = run.dp_enabled is True and run.secagg_mode in ("blind", "cohort") and apart
     return Banner(
         "NOT PRIVATE: measured against true answers" if protected else "NOT PRIVATE", tuple(reasons)
     )

@@ -52,7 +52,7 @@ def frozen(world: World) -> World:
 def test_nothing_is_answered_before_set_up(tmp_path: Path) -> None:
     world = make_world(tmp_path)
     for kind, body in {
-        "context": {}, "truth": {}, "freeze": {"parameters": b""},
+        "context": {}, "truth": {"parameters": b""}, "freeze": {"parameters": b""},
         "secagg": {"session": PREDICTOR, "message": b""},
         "train": {"session": PREDICTOR, "message": b"", "round": 0, "parameters": b""},
         "score": {"session": REWARD, "message": b"", **score_body(world)},
@@ -90,17 +90,17 @@ def test_stages_come_in_their_order(tmp_path: Path) -> None:
 
 
 def test_truth_stays_home_unless_the_site_itself_allows_it(world: World, tmp_path: Path) -> None:
-    refused(world.ask(ME, "truth"), "NotAllowed", "evaluation.truth")
+    refused(world.ask(ME, "truth", parameters=b""), "NotAllowed", "evaluation.truth")
     open_world = make_world(tmp_path / "open", truth=True)
     assert open_world.agreement.digest() == world.agreement.digest()  # a coordinator cannot ask for it
     open_world.set_up()
-    reply = open_world.ask(ME, "truth").body
+    reply = open_world.ask(ME, "truth", parameters=b"").body
     np.testing.assert_allclose(
         json.loads(reply["distributions"])["q1"], open_world.groups[ME].distribution("q1")
     )
     assert json.loads(reply["predictions"]) == {}  # no predictor yet
     open_world.ask(ME, "freeze", parameters=parameters(open_world))
-    predicted = json.loads(open_world.ask(ME, "truth").body["predictions"])
+    predicted = json.loads(open_world.ask(ME, "truth", parameters=b"").body["predictions"])
     assert set(predicted) == set(open_world.agreement.questions)
     assert sum(predicted["q1"]) == pytest.approx(1.0)
 
@@ -369,3 +369,14 @@ def test_history_moves_only_when_the_coordinator_says_the_step_was_opened(frozen
     client = frozen.members[ME]
     refused(ask(2, 2, 2.0), "ReplayedRound", "step 2 was opened before")
     assert client._state["history"]["current"] == first
+
+
+def test_truth_predicts_with_any_parameters_where_it_may_be_measured(tmp_path: Path) -> None:
+    """Training is measured while it goes on: the answer is what `freeze` with these parameters would keep."""
+    world = make_world(tmp_path / "open", truth=True)
+    world.set_up()
+    asked = world.ask(ME, "truth", parameters=parameters(world)).body["predictions"]
+    assert json.loads(world.ask(ME, "truth", parameters=b"").body["predictions"]) == {}  # nothing was kept
+    world.ask(ME, "freeze", parameters=parameters(world))
+    assert world.ask(ME, "truth", parameters=b"").body["predictions"] == asked
+    refused(world.ask(ME, "truth", parameters=b"short"), "BadEncoding", "truth.parameters")

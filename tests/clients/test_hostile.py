@@ -57,7 +57,7 @@ def hardened(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, list[byte
             ),
         )
     )
-    raws.append(pack(REQUESTS, "truth"))
+    raws.append(pack(REQUESTS, "truth", parameters=b""))
     return world, raws
 
 
@@ -126,7 +126,7 @@ def test_an_aggregate_still_opens_after_hostile_traffic(tmp_path: Path) -> None:
     world = make_world(tmp_path)
     world.set_up()
     trained(world)
-    for junk in (b"", b"\xff" * 40, pack(REQUESTS, "truth"), pack(REQUESTS, "context")):
+    for junk in (b"", b"\xff" * 40, pack(REQUESTS, "truth", parameters=b""), pack(REQUESTS, "context")):
         for client in world.clients:
             world.members[client].handle(junk)
     session = Session(world, REWARD, "abort")

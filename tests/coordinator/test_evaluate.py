@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.spatial.distance import jensenshannon
 
 from appa_secure.messages import Message
 from appa_secure.secagg.errors import BadEncoding
@@ -75,6 +76,10 @@ def test_predictions_are_measured_for_their_group_and_as_one_for_all(world: Worl
     assert exact["shared"]["avg"] < 0.999  # groups differ, so no shared answer is right for all
     one = {q: [1.0] + [0.0] * (len(v.options) - 1) for q, v in world.agreement.questions.items()}
     alike = evaluator(world, replies(world, predicted=one)).predictor(qids)
+    truth = {g: {q: world.groups[g].distribution(q) for q in qids} for g in world.clients}
+    for group, by in truth.items():  # scipy's Jensen-Shannon distance is the root of the divergence in nats
+        distances = [jensenshannon(p, one[q]) for q, p in by.items()]
+        assert alike["pluralllm"]["per_group"][group] == pytest.approx(1 - np.mean(distances))
     assert alike["own"]["per_group"] == pytest.approx(alike["shared"]["per_group"])
 
 

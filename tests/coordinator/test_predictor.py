@@ -54,7 +54,15 @@ def test_rounds_are_adam_on_the_mean_update(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Client, "_send", spy)
     seen: list[tuple[int, float | None]] = []
-    found = train(world, progress=lambda number, spent: seen.append((number, spent)))
+    measured: list[tuple[int, np.ndarray]] = []
+    with world.run_dir("run") as run:
+        found = train_predictor(
+            world.agreement, world.rounds(run), run, 1, LR,
+            lambda number, spent: seen.append((number, spent)),
+            lambda number, now: measured.append((number, now.copy())),
+        )  # fmt: skip
+    assert [number for number, _ in measured] == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_array_equal(measured[-1][1].astype(np.float32), found)
     theta = initial_predictor(world.agreement, 1).astype(np.float64)
     m, v = np.zeros_like(theta), np.zeros_like(theta)
     rates = [1, 1, 1, 1, 1, 0.5]  # linear over the last third: rounds 5 and 6 of 6 have 2/2 and 1/2

@@ -1,6 +1,7 @@
 """The training plan: what is asked when, and how often one unit can take part."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -43,6 +44,19 @@ def test_participations_are_the_most_any_question_is_asked(plan) -> None:
             steps += 1
         # A person may have answered everything, and so be drawn in every step.
         assert plan.participations(done) == (steps if plan.unit == "respondent" else max(seen.values()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans, st.integers(2, 5))
+def test_clients_that_take_turns_are_charged_for_their_own_steps_alone(plan, turns: int) -> None:
+    """In each cycle of `turns` rounds a client has one turn; which one makes no difference."""
+    shared = replace(plan, turns=turns, rounds=plan.rounds * turns, training="one_group")
+    for cycle in range(plan.rounds):
+        for place in range(turns):
+            assert shared.steps(cycle * turns + place) == plan.steps(cycle)
+            assert shared.event(cycle * turns + place) == plan.event(cycle)
+        # A cycle that has begun is counted whole: its turn may have been.
+        assert shared.participations(cycle * turns + 1) == plan.participations(cycle + 1)
 
 
 @settings(max_examples=60, deadline=None)

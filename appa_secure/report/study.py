@@ -1,0 +1,244 @@
+"""A sweep as one tidy table, and what it shows: means over seeds with intervals, and paired differences.
+
+`results.parquet` has one row per run, part, split, group and metric:
+
+    run, seed, stamp, part, split, group, round, metric, value, and a column per field of the configuration
+
+part: `policy.before`, `policy.after`, `predictor.own`, `predictor.shared`, `predictor.pluralllm` (coordinator/evaluate.py),
+`ceiling`, or `run`. group is null in figures over all groups, round everywhere but in a predictor's curve.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from appa_secure import records
+from appa_secure.errors import ConfigError, RunError
+from appa_secure.report.run import Run, load_run, lookup
+from appa_secure.report.tables import flatten
+
+SPLITS = {"train": "training", "heldout": "held-out"}
+METRICS = {"avg": "Avg", "min": "Min", "fairness_index": "FI"}
+PARTS = {
+    "policy.after": "Policy after training",
+    "predictor.own": "Predictor: each group with its own predictions",
+    "predictor.shared": "Predictor: each group with the mean of all groups' predictions",
+    "predictor.pluralllm": "Predictor: own predictions in PluralLLM's score, 1 - sqrt(JSD)",
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean over n seeds with the 95 % interval of Student's t; without an interval for one seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """values: one per seed, at least one."""
+        mean, n = float(np.mean(values)), len(values)
+        if n < 2:
+            return cls(mean, None, None, n)
+        reach = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+        return cls(mean, mean - reach, mean + reach, n)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`other` minus `reference` over the seeds that both have: absolute, in percent of the reference, and the p of
+    the paired t test (None for fewer than two seeds or no spread)."""
+
+    reference: str
+    other: str
+    absolute: Estimate
+    percent: Estimate
+    p: float | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """The runs of a sweep. `conditions` maps each combination of varied fields but the seed, in words, to its values."""
+
+    frame: pd.DataFrame
+    fields: tuple[str, ...]
+    conditions: Mapping[str, Mapping[str, str]]
+    runs: Mapping[str, Run]
+    missing: tuple[str, ...]
+
+    def parts(self) -> list[str]:
+        """The parts that were measured, in the order of PARTS."""
+        return [part for part in PARTS if (self.frame["part"] == part).any()]
+
+    def values(self, condition: str, part: str, split: str, metric: str) -> dict[int, float]:
+        """The final figure over all groups of each seed."""
+        f = self.frame
+        rows = f[
+            (f["condition"] == condition) & (f["part"] == part) & (f["split"] == split) & (f["metric"] == metric)
+            & f["group"].isna() & f["round"].isna()
+        ]  # fmt: skip
+        return dict(zip(rows["seed"].astype(int), rows["value"].astype(float), strict=True))
+
+    def estimate(self, condition: str, part: str, split: str, metric: str) -> Estimate | None:
+        """Over all seeds of a condition; None where nothing was measured."""
+        values = list(self.values(condition, part, split, metric).values())
+        return Estimate.of(values) if values else None
+
+    def difference(self, reference: str, other: str, part: str, split: str, metric: str) -> Difference | None:
+        """None where the two have no seed in common."""
+        a, b = (self.values(one, part, split, metric) for one in (reference, other))
+        seeds = sorted(a.keys() & b.keys())
+        if not seeds:
+            return None
+        x, y = (np.array([values[seed] for seed in seeds]) for values in (a, b))
+        spread = len(seeds) > 1 and float(np.ptp(y - x)) > 0
+        p = float(stats.ttest_rel(y, x).pvalue) if spread else None
+        percent = Estimate.of((100 * (y - x) / x).tolist())
+        return Difference(reference, other, Estimate.of((y - x).tolist()), percent, p)
+
+    def rounds_to(self, condition: str, split: str, levels: Mapping[int, float]) -> dict[int, int | None]:
+        """Per seed of `levels`, the first measured round in which the average alignment of own predictions is at least
+        the seed's level; None where it never is. Seeds without a curve are left out."""
+        f = self.frame
+        rows = f[
+            (f["condition"] == condition)
+            & (f["part"] == "predictor.own")
+            & (f["split"] == split)
+            & (f["metric"] == "avg")
+            & f["round"].notna()
+        ]
+        found: dict[int, int | None] = {}
+        for seed, level in levels.items():
+            curve = rows[rows["seed"] == seed]
+            if not curve.empty:
+                reached = curve[curve["value"] >= level]["round"]
+                found[seed] = None if reached.empty else int(reached.min())
+        return found
+
+    def pairs(self, by: str | None) -> list[tuple[str, str]]:
+        """Which conditions are compared: those that differ in `by` alone with the first value of `by` among them, or
+        without `by` all with the first condition."""
+        if by is None:
+            first, *others = self.conditions or [""]
+            return [(first, other) for other in others]
+        if by not in self.fields:
+            known = ", ".join(field for field in self.fields if field != "seed")
+            raise ConfigError(
+                f"--by {by}: does not vary in this sweep. Fix: one of {known or 'no field varies'}"
+            )
+        found: list[tuple[str, str]] = []
+        first_of: dict[tuple[tuple[str, str], ...], str] = {}
+        for condition, values in self.conditions.items():
+            rest = tuple((key, value) for key, value in values.items() if key != by)
+            reference = first_of.setdefault(rest, condition)
+            if reference != condition:
+                found.append((reference, condition))
+        return found
+
+
+def load_study(root: Path) -> Study:
+    """The finished runs below `root`. RunError when there is none, or `root` is no sweep."""
+    path = root / records.SWEEP
+    if not path.is_file():
+        raise RunError(f"{root} has no {records.SWEEP}: name a folder that appa-secure sweep made")
+    noted = json.loads(path.read_text("utf-8"))
+    fields = tuple(noted["fields"])
+    runs = {
+        name: load_run(root / name) for name in noted["runs"] if (root / name / records.SUMMARY).is_file()
+    }
+    if not runs:
+        raise RunError(f"{root}: none of its runs has finished; repeat the sweep")
+    conditions: dict[str, dict[str, str]] = {}
+    tables = []
+    for name, run in runs.items():
+        varied = {key: value for key, value in noted["runs"][name].items() if key != "seed"}
+        condition = _words(varied, fields)
+        conditions.setdefault(condition, varied)
+        table = pd.DataFrame(_rows(run))
+        table.insert(0, "condition", condition)
+        table.insert(0, "run", name)
+        for key, value in {**_columns(run.config), **varied}.items():
+            table[key] = value
+        tables.append(table)
+    missing = tuple(name for name in noted["runs"] if name not in runs)
+    return Study(pd.concat(tables, ignore_index=True), fields, conditions, runs, missing)
+
+
+def write_results(study: Study, path: Path) -> None:
+    """The tidy table as parquet; columns whose values differ in type are written as text."""
+    frame = study.frame.copy()
+    for name in frame.columns:
+        kinds = {type(value) for value in frame[name].dropna()}
+        mixed = frame[name].dtype == object and bool(kinds - {str, bool})
+        if mixed or len(kinds) > 1:
+            frame[name] = frame[name].map(str, na_action="ignore")
+    temporary = path.with_name(f".{path.name}.tmp")
+    frame.to_parquet(temporary, index=False)
+    temporary.replace(path)
+
+
+def _words(varied: Mapping[str, str], fields: Sequence[str]) -> str:
+    leaves = [field.rpartition(".")[2] for field in fields]
+    parts = []
+    for key, value in varied.items():
+        leaf = key.rpartition(".")[2]
+        shown = leaf if leaves.count(leaf) == 1 and leaf not in ("kind", "enabled") else key
+        parts.append(value if key in ("aggregation", "aggregation.kind") else f"{shown} {value}")
+    return ", ".join(parts) or "all"
+
+
+def _columns(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {
+        key: value for key, value in flatten(config).items() if key not in ("seed", "name", "output_root")
+    }
+    return {key: json.dumps(value) if isinstance(value, list) else value for key, value in flat.items()}
+
+
+def _rows(run: Run) -> Iterator[dict[str, Any]]:
+    head = {"seed": run.get("seed"), "stamp": run.summary.get("stamp")}
+
+    def row(
+        part: str, split: str | None, group: str | None, metric: str, value: Any, number: int | None = None
+    ) -> Any:
+        return head | {
+            "part": part, "split": split, "group": group, "round": number, "metric": metric, "value": float(value),
+        }  # fmt: skip
+
+    def figures(part: str, split: str, found: Any, number: int | None = None) -> Iterator[dict[str, Any]]:
+        for group, value in (lookup(found, "per_group") or {}).items():
+            yield row(part, split, str(group), "alignment", value, number)
+        for metric in (*METRICS, "malformed"):
+            value = lookup(found, metric)
+            if isinstance(value, int | float):
+                yield row(part, split, None, metric, value, number)
+
+    for split in SPLITS:
+        for when in ("before", "after"):
+            yield from figures(f"policy.{when}", split, lookup(run.summary, f"alignment.{split}.{when}"))
+        for name, found in (lookup(run.summary, f"predictor.{split}") or {}).items():
+            yield from figures(f"predictor.{name}", split, found)
+        for metric in ("avg", "min"):
+            for part, where in (("ceiling", "ceiling"), ("run", "gap_closed")):
+                value = lookup(run.summary, f"{where}.{split}.{metric}")
+                if isinstance(value, int | float):
+                    yield row(
+                        part, split, None, metric if part == "ceiling" else f"gap_closed_{metric}", value
+                    )
+        for measured in run.measurement:
+            if isinstance(number := measured.get("round"), int):
+                for name, found in (measured.get(split) or {}).items():
+                    yield from figures(f"predictor.{name}", split, found, number)
+    for client, epsilon in run.epsilon.items():
+        yield row("run", None, client, "epsilon", epsilon)
+    for stage, seconds in run.seconds.items():
+        yield row("run", None, None, f"seconds_{stage}", seconds)

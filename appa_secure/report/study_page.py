@@ -1,0 +1,156 @@
+"""The report of a sweep: tables over seeds as Markdown and HTML, plots as SVG in the page and PNG beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from appa_secure import __version__
+from appa_secure.records import REPORT, RESULTS, atomic_write
+from appa_secure.report import study_plots
+from appa_secure.report.html import environment, figure
+from appa_secure.report.study import (
+    METRICS,
+    PARTS,
+    SPLITS,
+    Difference,
+    Estimate,
+    Study,
+    load_study,
+    write_results,
+)
+from appa_secure.report.tables import markdown
+from appa_secure.report.words import banner
+
+FIGURES = "figures"
+SPEED = (
+    "Rounds until the predictor first has 99 % of the average alignment that the first of each pair ends with"
+)
+_DIGITS = {"avg": 4, "min": 4, "fairness_index": 4}
+
+
+def render_study(root: Path, by: str | None = None) -> Path:
+    """Write results.parquet, figures/*.png and report.html of the sweep in `root`; returns the page's path.
+
+    by: the varied field whose values are compared, None for every condition with the first. Raises RunError where
+    no run has finished and ConfigError for a field that does not vary.
+    """
+    study = load_study(root)
+    pairs = study.pairs(by)
+    write_results(study, root / RESULTS)
+    drawings = study_plots.drawings(study)
+    (root / FIGURES).mkdir(exist_ok=True)
+    for drawing in drawings:
+        atomic_write(root / FIGURES / f"{drawing.name}.png", drawing.png)
+    page = environment.get_template("study.html").render(
+        name=root.resolve().name,
+        speed_title=SPEED,
+        runs=len(study.runs),
+        parts=[
+            (PARTS[part], means_table(study, part), differences_table(study, part, pairs))
+            for part in study.parts()
+        ],
+        heads=(means_heads(), DIFFERENCE_HEADS, SPEED_HEADS),
+        speed=speed_table(study, pairs),
+        figures=[(drawing.caption, figure(drawing.svg, drawing.caption)) for drawing in drawings],
+        missing=study.missing,
+        not_private=any(banner(run) for run in study.runs.values()),
+        version=__version__,
+    )
+    atomic_write(root / REPORT, page)
+    return root / REPORT
+
+
+def study_markdown(root: Path, by: str | None = None) -> str:
+    """The same tables for a document."""
+    study = load_study(root)
+    pairs, blocks = study.pairs(by), []
+    for part in study.parts():
+        blocks.append(f"{PARTS[part]}:\n")
+        blocks.append(markdown(means_heads(), means_table(study, part)))
+        differences = differences_table(study, part, pairs)
+        if differences:
+            blocks.append("Paired differences over the same seeds:\n")
+            blocks.append(markdown(DIFFERENCE_HEADS, differences))
+    if speed := speed_table(study, pairs):
+        blocks.append(f"{SPEED}:\n")
+        blocks.append(markdown(SPEED_HEADS, speed))
+    if study.missing:
+        blocks.append(f"Not finished: {', '.join(study.missing)}\n")
+    return "\n".join(blocks)
+
+
+def means_heads() -> list[str]:
+    """Heads of `means_table`."""
+    return ["", "seeds", *(f"{split} {name}" for split in SPLITS.values() for name in METRICS.values()), "ε"]
+
+
+def means_table(study: Study, part: str) -> list[list[str]]:
+    """A line per condition: mean over seeds and 95 % interval of Avg, Min and FI on training and held-out questions."""
+    lines = []
+    for condition in study.conditions:
+        found = [study.estimate(condition, part, split, metric) for split in SPLITS for metric in METRICS]
+        if all(one is None for one in found):
+            continue
+        seeds = max(one.n for one in found if one is not None)
+        texts = [
+            _estimate(one, _DIGITS[metric]) for one, metric in zip(found, list(METRICS) * 2, strict=True)
+        ]
+        lines.append([condition, str(seeds), *texts, _epsilon(study, condition)])
+    return lines
+
+
+DIFFERENCE_HEADS = ["", "questions", "figure", "seeds", "difference", "in %", "p"]
+
+
+def differences_table(study: Study, part: str, pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """A line per pair of conditions, split and figure."""
+    lines = []
+    for reference, other in pairs:
+        for split, name in SPLITS.items():
+            for metric in ("avg", "min"):
+                found = study.difference(reference, other, part, split, metric)
+                if found is not None:
+                    lines.append([f"{other} − {reference}", name, METRICS[metric], *_difference(found)])
+    return lines
+
+
+SPEED_HEADS = ["", "questions", "seeds", "rounds", "reached by"]
+_SHARE = 0.99
+
+
+def speed_table(study: Study, pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """Rounds until a predictor's average alignment first reaches 99 % of what the pair's reference ends with, per seed.
+
+    A line per condition; empty where no curve was measured. Rounds are those that were measured
+    (evaluation.predictor_every), means over the seeds that reached the level.
+    """
+    lines = []
+    for split, name in SPLITS.items():
+        for reference, other in dict.fromkeys(pair for a, b in pairs for pair in ((a, a), (a, b))):
+            final = study.values(reference, "predictor.own", split, "avg")
+            found = study.rounds_to(other, split, {seed: _SHARE * value for seed, value in final.items()})
+            reached = [float(number) for number in found.values() if number is not None]
+            if found:
+                mean = _estimate(Estimate.of(reached), 1) if reached else "–"
+                lines.append([other, name, str(len(found)), mean, f"{len(reached)} of {len(found)}"])
+    return lines
+
+
+def _difference(d: Difference) -> list[str]:
+    p = "–" if d.p is None else "< .001" if d.p < 0.001 else f"{d.p:.3f}"
+    return [str(d.absolute.n), _estimate(d.absolute, 4, "+"), _estimate(d.percent, 2, "+"), p]
+
+
+def _estimate(e: Estimate | None, digits: int, sign: str = "") -> str:
+    if e is None:
+        return "–"
+    text = f"{e.mean:{sign}.{digits}f}"
+    return text if e.low is None else f"{text} [{e.low:{sign}.{digits}f}, {e.high:{sign}.{digits}f}]"
+
+
+def _epsilon(study: Study, condition: str) -> str:
+    """What the clients spent at most, over the seeds."""
+    f = study.frame
+    spent = f[(f["condition"] == condition) & (f["metric"] == "epsilon")]["value"]
+    return "off" if spent.empty else f"{spent.max():.2f}"

@@ -1,0 +1,154 @@
+"""The study over a sweep: the tidy table, means with intervals, paired differences, and what is drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from appa_secure import records
+from appa_secure.errors import ConfigError, RunError
+from appa_secure.report import render_study, study_markdown
+from appa_secure.report.study import Estimate, load_study, write_results
+
+SEEDS = (1, 2, 3)
+SHIFT = {"average": 0.0, "min": 0.02}
+
+
+def curve(level: float) -> dict[str, object]:
+    part = {
+        "per_group": {"a": level, "b": level - 0.1},
+        "avg": level - 0.05,
+        "min": level - 0.1,
+        "fairness_index": 0.99,
+    }
+    return {"own": part, "shared": part}
+
+
+@pytest.fixture(scope="module")
+def sweep(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rules over three seeds, every figure of `min` .02 above that of `average`, and a run that never ended."""
+    root = tmp_path_factory.mktemp("sweep")
+    noted = {"fields": ["aggregation", "seed"], "runs": {}}
+    for kind in SHIFT:
+        for seed in SEEDS:
+            name = f"aggregation-{kind}_seed-{seed}"
+            run = make_run(root / name, seed=seed, kind=kind, steps=4)
+            path = run / records.SUMMARY
+            summary = json.loads(path.read_text("utf-8"))
+            for figures in summary["alignment"]["train"].values():
+                figures["avg"] = 0.8 + 0.01 * seed + SHIFT[kind]
+            path.write_text(json.dumps(summary), encoding="utf-8")
+            noted["runs"][name] = {"aggregation": kind, "seed": str(seed)}
+            journal = records.Journal(run / records.MEASUREMENT)
+            for number in (5, 10):
+                journal.append({"stage": "predictor", "round": number, "train": curve(0.8 + number / 100)})
+            journal.close()
+    noted["runs"]["aggregation-max_seed-1"] = {"aggregation": "max", "seed": "1"}
+    (root / records.SWEEP).write_text(json.dumps(noted), encoding="utf-8")
+    return root
+
+
+def test_every_figure_is_a_row(sweep: Path) -> None:
+    study = load_study(sweep)
+    write_results(study, sweep / records.RESULTS)
+    frame = pd.read_parquet(sweep / records.RESULTS)
+    assert len(frame) == len(study.frame)
+    one = frame[(frame["run"] == "aggregation-min_seed-2") & (frame["part"] == "policy.after")]
+    summary = json.loads((sweep / "aggregation-min_seed-2" / records.SUMMARY).read_text("utf-8"))
+    for split in ("train", "heldout"):
+        told = summary["alignment"][split]["after"]
+        rows = one[one["split"] == split]
+        groups = rows[rows["metric"] == "alignment"].set_index("group")["value"].to_dict()
+        assert groups == pytest.approx(told["per_group"])
+        overall = rows[rows["group"].isna()].set_index("metric")["value"]
+        assert overall["avg"] == pytest.approx(told["avg"])
+        assert overall["fairness_index"] == pytest.approx(told["fairness_index"])
+    rounds = frame[frame["round"].notna()]
+    assert set(rounds["round"]) == {5, 10}
+    assert not frame.duplicated(["run", "part", "split", "group", "round", "metric"]).any()
+    # Columns of the configuration, as they were resolved.
+    assert set(frame["aggregation.kind"]) == {"average", "min"}
+    assert set(frame["privacy.epsilon"]) == {8.0}
+    assert not any(name in frame for name in ("output_root", "name"))
+
+
+def test_intervals_are_students(sweep: Path) -> None:
+    found = load_study(sweep).estimate("min", "policy.after", "train", "avg")
+    values = [0.83, 0.84, 0.85]
+    expected = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    assert found is not None
+    assert (found.mean, found.low, found.high, found.n) == pytest.approx((0.84, *expected, 3))
+    assert Estimate.of([0.5]) == Estimate(0.5, None, None, 1)
+
+
+def test_differences_are_paired_over_seeds(sweep: Path) -> None:
+    """Each seed's difference is the same .02 although the seeds differ by more than that."""
+    study = load_study(sweep)
+    assert study.pairs(None) == study.pairs("aggregation") == [("average", "min")]
+    found = study.difference("average", "min", "policy.after", "train", "avg")
+    assert found is not None
+    assert found.absolute.mean == pytest.approx(0.02)
+    assert found.absolute.high - found.absolute.low < 1e-9  # type: ignore[operator]
+    assert found.percent.mean == pytest.approx(np.mean([100 * 0.02 / (0.8 + 0.01 * s) for s in SEEDS]))
+    held = study.difference("average", "min", "policy.after", "heldout", "avg")
+    a, b = (list(study.values(kind, "policy.after", "heldout", "avg").values()) for kind in SHIFT)
+    assert held is not None
+    if held.p is not None:
+        assert held.p == pytest.approx(stats.ttest_rel(b, a).pvalue)
+        t = np.mean(np.subtract(b, a)) / stats.sem(np.subtract(b, a))
+        assert held.p == pytest.approx(2 * stats.t.sf(abs(t), 2))
+
+
+def test_speed_is_the_first_round_at_a_level(sweep: Path) -> None:
+    """The curves stand at .80 after 5 rounds and at .85 after 10."""
+    study = load_study(sweep)
+    assert study.rounds_to("min", "train", {1: 0.79, 2: 0.80, 3: 0.86}) == {1: 5, 2: 5, 3: None}
+    assert study.rounds_to("min", "train", {1: 0.81, 9: 0.5}) == {1: 10}
+    assert study.rounds_to("min", "heldout", {1: 0.1}) == {}
+
+
+def test_only_pairs_that_differ_in_the_field_alone_are_compared(sweep: Path, tmp_path: Path) -> None:
+    """Four conditions over two fields: each field gives two pairs, without a field the first is the reference."""
+    noted = {"fields": ["aggregation", "ppo.lr", "seed"], "runs": {}}
+    for number, (kind, lr) in enumerate([("average", "1"), ("average", "2"), ("min", "1"), ("min", "2")]):
+        (tmp_path / f"r{number}").symlink_to(sweep / f"aggregation-{kind}_seed-1")
+        noted["runs"][f"r{number}"] = {"aggregation": kind, "ppo.lr": lr, "seed": "1"}
+    (tmp_path / records.SWEEP).write_text(json.dumps(noted), encoding="utf-8")
+    study = load_study(tmp_path)
+    assert study.pairs("ppo.lr") == [("average, lr 1", "average, lr 2"), ("min, lr 1", "min, lr 2")]
+    assert study.pairs("aggregation") == [("average, lr 1", "min, lr 1"), ("average, lr 2", "min, lr 2")]
+    assert [pair[0] for pair in study.pairs(None)] == ["average, lr 1"] * 3
+    found = study.difference("average, lr 1", "min, lr 1", "policy.after", "train", "avg")
+    assert found is not None
+    assert found.p is None  # one seed tells nothing of chance
+    assert found.absolute.low is None
+    with pytest.raises(ConfigError, match=r"--by data\.path.*one of aggregation, ppo\.lr"):
+        study.pairs("data.path")
+
+
+def test_the_report_shows_tables_figures_and_what_is_missing(sweep: Path) -> None:
+    page = render_study(sweep, "aggregation").read_text("utf-8")
+    assert "min − average" in page
+    assert "NOT PRIVATE" in page
+    assert "aggregation-max_seed-1" in page
+    figures = {path.name for path in (sweep / "figures").iterdir()}
+    assert figures == {f"{name}_{split}.png" for name in ("plane", "curve") for split in ("train", "heldout")}
+    text = study_markdown(sweep)
+    assert "| min | 3 | 0.8400 [" in text
+    assert "Not finished: aggregation-max_seed-1" in text
+    assert not math.isnan(load_study(sweep).frame["value"].sum())
+
+
+def test_a_folder_that_is_no_sweep_or_has_no_finished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"sweep\.json"):
+        load_study(tmp_path)
+    (tmp_path / records.SWEEP).write_text(json.dumps({"fields": [], "runs": {"r": {}}}), encoding="utf-8")
+    with pytest.raises(RunError, match="none of its runs"):
+        load_study(tmp_path)
