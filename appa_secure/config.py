@@ -120,7 +120,7 @@ class PredictorConfig(Section):
     lr: Positive = _about(0.1, "clients' learning rate (SGD); matters only with several local steps")
     server_lr: Positive = _about(3e-3, "coordinator's learning rate (Adam on the averaged update)")
     training: Literal["federated", "pooled", "one_group"] = _about(
-        "federated", "pooled, one_group: one trusted party trains on all groups at once, or on one per round"
+        "federated", "pooled, one_group: a trusted party trains on all groups, or one per round"
     )
 
 
