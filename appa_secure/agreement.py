@@ -23,6 +23,7 @@ from appa_secure.rewards import task_of
 from appa_secure.secagg.fixedpoint import Layout, Segment
 from appa_secure.secagg.keys import Directory
 from appa_secure.secagg.policy import ClientPolicy, Release, threshold_for
+from appa_secure.tasks import MAX_WEIGHT
 
 PREDICTOR = "predictor"
 REWARD = "reward"
@@ -48,6 +49,8 @@ class Agreement:
     ring_bits: int
     rounds_per_epoch: int
     embedder: str
+    max_weight: int = MAX_WEIGHT  # of an answer that is a distribution
+    true_rewards: bool = False  # rewards from raw answers instead of predictions: simulations without privacy
     secure_rng: bool = field(default=False, compare=False)
     truth: bool = field(default=False, compare=False)
 
@@ -165,6 +168,7 @@ class Agreement:
                         self.mode, self.release, self.threshold, self.min_cohort, self.ring_bits, self.rounds_per_epoch,
                     ],
                     "embedder": self.embedder,
+                    "answers": [self.max_weight, self.true_rewards],
                 }
             )
         ).digest()  # fmt: skip
@@ -211,7 +215,7 @@ def make_agreement(
     embedder: str,
 ) -> Agreement:
     """The agreement of a configured run. groups: client id -> group."""
-    s, p, a = config.secagg, config.privacy, config.aggregation
+    s, p = config.secagg, config.privacy
     release = s.release if s.release != "auto" else ("recover" if s.mode == "cohort" else "abort")
     return Agreement(
         plan=make_plan(config, run, split),
@@ -219,10 +223,7 @@ def make_agreement(
         context_noise=p.context_noise,
         questions={q.qid: q for q in questions},
         reward=config.task.reward,
-        aggregation=AggregationSpec(
-            kind=a.kind, variant=a.variant, tau=a.tau, temperature=a.temperature, decay=a.decay, a=a.a, fi=a.fi,
-            fi_scope=a.fi_scope, sharpness=a.sharpness,
-        ),
+        aggregation=config.aggregation.spec,
         predictor=PredictorShape(
             embedding_size, config.predictor.dim, config.predictor.layers, config.predictor.heads, config.predictor.ff,
             config.predictor.mlp_depth,
@@ -236,6 +237,8 @@ def make_agreement(
         ring_bits=s.ring_bits,
         rounds_per_epoch=s.rounds_per_epoch,
         embedder=embedder,
+        max_weight=config.task.max_weight,
+        true_rewards=config.predictor.kind == "truth",
         secure_rng=p.secure_rng,
         truth=config.evaluation.truth,
     )  # fmt: skip

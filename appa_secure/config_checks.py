@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from appa_secure.secagg.fixedpoint import FLOAT_BITS
+from appa_secure.tasks import MAX_WEIGHT
 
 if TYPE_CHECKING:
     from appa_secure.config import Config
@@ -62,6 +66,8 @@ def notes(config: Config) -> tuple[str, ...]:
         found.append(
             "privacy.secure_rng=false: whoever knows the seed can take the noise off; stamped 'not private'"
         )
+    if c.predictor.kind == "truth":
+        found.append("predictor=truth: rewards come from true answers; for measuring aggregation rules only")
     if c.secagg.mode == "clear":
         found.append("secagg=clear: the coordinator sees every group's rewards; stamped 'not private'")
     if c.evaluation.truth:
@@ -96,6 +102,11 @@ def _release(config: Config) -> str:
 
 
 def _task(c: Config) -> Iterator[Problem]:
+    if c.task.max_weight != MAX_WEIGHT and c.policy.kind != "tabular":
+        yield Problem(
+            "task.max_weight", c.task.max_weight, f"language models are taught the weights 0..{MAX_WEIGHT}",
+            f"task.max_weight={MAX_WEIGHT}, or policy=tabular",
+        )  # fmt: skip
     if c.task.reward != "wasserstein":
         return
     if c.data.kind == "globalopinionqa":
@@ -161,7 +172,7 @@ def _shapes(c: Config) -> Iterator[Problem]:
             yield Problem(
                 f"{name}.dim", dim, f"must be a multiple of {name}.heads={heads}", f"{name}.dim={heads * 16}"
             )
-    if c.policy.kind != "tiny" and c.policy.path is None:
+    if c.policy.kind not in ("tiny", "tabular") and c.policy.path is None:
         yield Problem(
             "policy.path",
             None,
@@ -176,6 +187,11 @@ def _shapes(c: Config) -> Iterator[Problem]:
 
 def _privacy(c: Config) -> Iterator[Problem]:
     privacy, data = c.privacy, c.data
+    if c.predictor.kind == "truth" and (privacy.enabled or not c.evaluation.truth):
+        yield Problem(
+            "predictor.kind", "truth", "rewards from true answers are for simulations without privacy",
+            "predictor.kind=gpo, or privacy=off evaluation.truth=true",
+        )  # fmt: skip
     if not privacy.enabled:
         return
     if privacy.unit == "respondent" and data.kind in ("opinionqa", "globalopinionqa"):
@@ -224,6 +240,13 @@ def _secagg(c: Config) -> Iterator[Problem]:
 
 
 def _aggregation(c: Config) -> Iterator[Problem]:
+    try:
+        _ = c.aggregation.spec
+    except ValueError as error:
+        name = re.findall(r"aggregation\.(\w+)", str(error))[0]
+        why = str(error).removeprefix(f"aggregation.{name}").lstrip(" ")
+        yield Problem(f"aggregation.{name}", getattr(c.aggregation, name), why, "a value as said")
+        return
     if c.secagg.mode == "cohort":
         return  # the coordinator computes on means in float64; no exponential is ever summed in fixed point
     aggregation = c.aggregation
@@ -235,17 +258,19 @@ def _aggregation(c: Config) -> Iterator[Problem]:
             "aggregation.sharpness", aggregation.sharpness, f"exp(-sharpness) {drowns}",
             f"aggregation.sharpness={math.floor(limit)}{wider}",
         )  # fmt: skip
-    if aggregation.kind == "appa" and 1 / aggregation.temperature > limit:
+    lo, hi = aggregation.band
+    if aggregation.kind not in ("average", "min", "max", "lse") and (hi - lo) / aggregation.temperature > limit:
         yield Problem(
-            "aggregation.temperature", aggregation.temperature, f"exp(-1/temperature) {drowns}",
-            f"aggregation.temperature={math.ceil(1000 / limit) / 1000}{wider}",
+            "aggregation.temperature", aggregation.temperature, f"exp(-(width of the band)/temperature) {drowns}",
+            f"aggregation.temperature={math.ceil(1e4 * (hi - lo) / limit) / 1e4}, a narrower aggregation.band{wider}",
         )  # fmt: skip
 
 
 def _largest_exponent(c: Config) -> float:
     """Largest s for which exp(-s), in a sum over all groups, keeps _EXP_PRECISION_BITS bits in the ring."""
     groups = max(c.data.known_groups or 0, c.secagg.min_cohort)
-    fraction_bits = c.secagg.ring_bits - 1 - math.ceil(math.log2(groups))
+    # Sums are read as float64.
+    fraction_bits = min(c.secagg.ring_bits - 1, FLOAT_BITS) - math.ceil(math.log2(groups))
     return (fraction_bits - _EXP_PRECISION_BITS) * math.log(2)
 
 
@@ -271,7 +296,7 @@ def _paths(c: Config) -> Iterator[Problem]:
     ):
         if path is None or Path(path).expanduser().exists() or (hub and _could_be_hub_id(path)):
             continue
-        if (field, c.policy.kind) == ("policy.path", "tiny"):
+        if field == "policy.path" and c.policy.kind in ("tiny", "tabular"):
             continue
         yield Problem(field, path, f"does not exist, seen from {os.getcwd()}", "an existing path")
 

@@ -279,22 +279,41 @@ class Client:
     # -- alignment -------------------------------------------------------------------------------------------------
 
     def _targets(self) -> Scorer:
-        """Rewards against this group's predicted preferences, which come from private artefacts only."""
+        """Rewards against this group's predicted preferences, which come from private artefacts only.
+
+        With predictor=truth against its true answers, where this site allows measuring.
+        """
         if self._scorer is None:
-            if not self._state.get("predicted"):
-                raise Refusal("OutOfOrder", "no predictor yet")
             questions = self.agreement.questions
-            self._scorer = Scorer(
-                self.agreement.reward,
-                {q: np.frombuffer(p) for q, p in self._state["predicted"].items()},
-                {q: question.ordinals for q, question in questions.items()},
-            )
+            if self.agreement.true_rewards:
+                if not self.agreement.truth:
+                    raise Refusal("NotAllowed", "evaluation.truth is off at this site: no rewards from true answers")
+                targets = {q: self._data.distribution(q) for q in questions if self._data.has(q)}
+            elif self._state.get("predicted"):
+                targets = {q: np.frombuffer(p) for q, p in self._state["predicted"].items()}
+            else:
+                raise Refusal("OutOfOrder", "no predictor yet")
+            ordinals = {q: question.ordinals for q, question in questions.items()}
+            self._scorer = Scorer(self.agreement.reward, targets, ordinals)
         return self._scorer
 
+    def _rewards(self, body: Mapping[str, Any]) -> np.ndarray:
+        """This group's rewards, float64 (B,).
+
+        Predictions exist for all questions, true answers may not: a question that this group was not asked then counts
+        as the mean of the others, which moves neither its history nor the policy.
+        """
+        scorer, qids, answers = self._targets(), body["questions"], self._parsed(body)
+        known = [i for i, qid in enumerate(qids) if scorer.knows(qid)]
+        rewards = np.full(len(qids), np.nan)
+        rewards[known] = scorer.score([qids[i] for i in known], [answers[i] for i in known])
+        rewards[np.isnan(rewards)] = rewards[known].mean() if known else 0.5
+        return rewards
+
     def _score(self, body: Mapping[str, Any]) -> bytes:
-        a, scorer, step = self.agreement, self._targets(), body["step"]
+        a, step = self.agreement, body["step"]
         self._check_session(body, a.reward_session(a.groups[self.client_id]))
-        rewards = scorer.score(body["questions"], self._parsed(body))
+        rewards = self._rewards(body)
         history = self._committed(step, body["opened"])
         if a.cohort:
             vector = rewards
@@ -303,7 +322,7 @@ class Client:
         else:
             z = self._normaliser(body)
             try:
-                vector, h = contribution(a.aggregation, rewards, history, z, len(a.clients))
+                vector, h = contribution(a.aggregation, rewards, history, z, len(a.clients), step)
             except ValueError as error:
                 raise RemoteMisbehaviour(COORDINATOR, f"score: {error}") from None
             self._state["history"].update(pending=pack_float(h), pending_step=step)
@@ -328,7 +347,8 @@ class Client:
         parsed = []
         for qid, text in zip(questions, answers, strict=True):
             question = self.agreement.questions.get(qid)
-            answer = parse(text, question, self.agreement.task) if question is not None else None
+            a = self.agreement
+            answer = parse(text, question, a.task, a.max_weight) if question is not None else None
             if answer is None:
                 raise BadEncoding(
                     COORDINATOR, f"score: not an answer to a question of this survey ({qid!r:.80})"

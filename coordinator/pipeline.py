@@ -12,6 +12,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from appa_secure.privacy.statement import markdown, statement
 from appa_secure.progress import Progress
 from appa_secure.records import STATEMENT_JSON, STATEMENT_MD, Journal, RunDir, environment
 from appa_secure.tasks import completion_length, parse, prompt, random_answer
+from coordinator import tabular
 from coordinator.evaluate import Evaluator, Truth
 from coordinator.policies import build_policy, lora_config, warm_up
 from coordinator.ppo import PPOTrainer, latest_checkpoint, make_config
@@ -94,6 +96,8 @@ class Pipeline:
         return {}
 
     def _predictor(self) -> dict[str, Any]:
+        if self.agreement.true_rewards:
+            return {}
         total = self.agreement.plan.rounds
         known = {row.get("round") for row in self.run_dir.metrics}
 
@@ -118,6 +122,10 @@ class Pipeline:
     def _warmup(self) -> dict[str, Any]:
         c, task = self.config, self.agreement.task
         known = [self.agreement.questions[q] for q in (*self.agreement.plan.context, *self.train)]
+        folder = self.run_dir.path("policy") / "warm"
+        if self.tabular:
+            tabular.save(tabular.new_policy(self.agreement), folder, 0)
+            return {}
         questions = known + _recombined(known, c.seed)
         prompts = [prompt(q, task, c.task.style) for q in self.agreement.questions.values()]
         texts = [*prompts, *(random_answer(task, k, np.random.default_rng(k)) for k in range(2, 11))]
@@ -131,7 +139,6 @@ class Pipeline:
             valid=lambda text, i: parse(text, questions[i], task) is not None, max_new_tokens=limit,
             progress=lambda step, loss: self.progress.step("warm-up", step, c.policy.warmup_steps, loss=loss),
         )  # fmt: skip
-        folder = self.run_dir.path("policy") / "warm"
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -139,20 +146,38 @@ class Pipeline:
 
     def _align(self) -> dict[str, Any]:
         c, agreement, run = self.config, self.agreement, self.run_dir
-        model, tokenizer = _load(run.path("policy") / "warm")
-        task = agreement.task
-        dataset = Dataset.from_list(
-            [{"prompt": prompt(agreement.questions[q], task, c.task.style), "qid": q} for q in self.train]
-        )
         checkpoints = run.path("policy") / "checkpoints"
         newest = latest_checkpoint(checkpoints)
         updates = c.ppo.epochs * (c.ppo.prompts_per_step * c.ppo.generations // c.ppo.minibatch_size)
         at = 0 if newest is None else int(newest.name.split("-")[1]) // updates
+        if self.tabular:
+            at = tabular.load(agreement, checkpoints)[1]
         if run.metrics.truncate_after(at) or at:
             run.transcript.resume("align", at)
         journal = Journal(run.path("rewards.jsonl"))
         reward = FederatedReward(
             agreement, self.rounds, journal, c.task.format_penalty, self._seen(), stamp=self._trained
+        )
+        try:
+            if self.tabular:
+                table = tabular.train(
+                    c, agreement, reward, checkpoints, lambda metrics: self._record_step(metrics, reward)
+                )
+                tabular.save(table, run.path("policy"), c.ppo.steps)
+            else:
+                self._ppo(reward, checkpoints, newest)
+        finally:
+            journal.close()
+        self.rounds.close()
+        self._stamp_folder("policy")
+        return {}
+
+    def _ppo(self, reward: FederatedReward, checkpoints: Path, newest: Path | None) -> None:
+        c, agreement, folder = self.config, self.agreement, self.run_dir.path("policy")
+        model, tokenizer = _load(folder / "warm")
+        asked = ((q, agreement.questions[q]) for q in self.train)
+        dataset = Dataset.from_list(
+            [{"prompt": prompt(question, agreement.task, c.task.style), "qid": q} for q, question in asked]
         )
         trainer = PPOTrainer(
             model=model,
@@ -163,14 +188,8 @@ class Pipeline:
             peft_config=lora_config(c.policy),
             on_step=lambda metrics: self._record_step(metrics, reward),
         )
-        try:
-            trainer.train(resume_from_checkpoint=newest)
-        finally:
-            journal.close()
-        self.rounds.close()
-        trainer.save_policy(run.path("policy"))
-        self._stamp_folder("policy")
-        return {}
+        trainer.train(resume_from_checkpoint=newest)
+        trainer.save_policy(folder)
 
     def _seen(self) -> Callable[..., None] | None:
         """What is measured at each step against the truth; nothing where truth is not to be had."""
@@ -220,6 +239,17 @@ class Pipeline:
         if not self.config.evaluation.truth:
             return {}
         evaluator, c = self._measuring(), self.config
+        if self.tabular:
+            table, _ = tabular.load(self.agreement, self.run_dir.path(folder))
+            spread = tabular.final_spread(c)
+            return {
+                name: evaluator.policy(
+                    lambda _, samples, qids=qids: tabular.measured(table, qids, samples, c.seed, spread),  # type: ignore[misc]
+                    qids,
+                    c.evaluation.samples,
+                )
+                for name, qids in self._measured()
+            }
         model, tokenizer = _load(
             self.run_dir.path("policy") / "warm", self.run_dir.path(folder), c.policy.lora is not None
         )
@@ -232,6 +262,11 @@ class Pipeline:
         }
 
     # -- helpers ---------------------------------------------------------------------------------------------------
+
+    @property
+    def tabular(self) -> bool:
+        """Whether the policy is a table of answers instead of a language model."""
+        return self.config.policy.kind == "tabular"
 
     def _measured(self) -> tuple[tuple[str, Sequence[str]], ...]:
         return ("train", self.train), ("heldout", self.heldout)

@@ -93,7 +93,7 @@ class FederatedReward:
         """Rewards (B,) of step number `step` (from 1); None where the step was discarded."""
         asked = hashlib.sha256(canonical_json([step, list(qids), list(texts)])).hexdigest()
         answers = [
-            parse(t, self.agreement.questions[q], self.agreement.task)
+            parse(t, self.agreement.questions[q], self.agreement.task, self.agreement.max_weight)
             for q, t in zip(qids, texts, strict=True)
         ]
         row = self.rows.get(step)
@@ -179,5 +179,7 @@ class FederatedReward:
                 return NotOpened(f"group {group}: {summed.reason}")
             means.append(np.clip(summed.sum / len(summed.contributors), 0.0, 1.0))
         previous = None if before.histories is None else np.array(before.histories)
-        result, after, alpha = combine_clear(a.aggregation, np.stack(means), previous, before.z)
+        result, after, alpha = combine_clear(
+            a.aggregation, np.stack(means), previous, before.z, step=payload["step"]
+        )
         return result, after.tolist(), dict(zip(self.groups, alpha.tolist(), strict=True))
