@@ -65,7 +65,7 @@ class TaskConfig(Section):
         "short", "prompts: short for tiny policies, instruct for real LMs"
     )
     max_weight: int = _about(
-        10, "dpa: largest weight an answer gives to an option; above 10 only policy=tabular", ge=10, le=1000
+        10, "dpa: largest weight in an answer; above 10 only with policy=tabular", ge=10, le=1000
     )
     format_penalty: float = _about(
         0.5, "training reward of an answer that cannot be read; measured as 0", ge=-1, le=1
@@ -114,7 +114,7 @@ class EmbedderConfig(Section):
 
 class PredictorConfig(Section):
     kind: Literal["gpo", "truth"] = _about(
-        "gpo", "what rewards come from: the private predictor, or true answers (simulations without privacy only)"
+        "gpo", "source of rewards: private predictor; or truth, in simulations only"
     )
     dim: Count = _about(128, "width of the preference predictor")
     layers: Count = _about(6, "transformer layers")
@@ -137,7 +137,7 @@ class LoraConfig(Section):
 
 class PolicyConfig(Section):
     kind: Literal["tiny", "stories260k", "hf", "tabular"] = _about(
-        "tiny", "what is aligned: a language model, or a table of answers without one"
+        "tiny", "what is aligned: a language model, or a table of answers"
     )
     path: Text | None = _about(None, "local folder (or hub id, for hf) of the weights")
     dim: Count = _about(128, "tiny: width")
@@ -147,8 +147,8 @@ class PolicyConfig(Section):
     warmup_steps: int = _about(300, "steps on public text that teach the answer format", ge=0)
     warmup_lr: Positive = _about(2e-3, "learning rate of the warm-up")
     lora: LoraConfig | None = _about(None, "low-rank adapter; null trains all weights")
-    spread: Positive = _about(0.05, "tabular: exploration at the start, in units of probability or log-odds")
-    step_size: Positive = _about(0.1, "tabular: learning rate at the start; both fall to a 25th")
+    spread: Positive = _about(0.05, "tabular, dpa: noise of answers at the start, in probability")
+    step_size: Positive = _about(0.1, "tabular: learning rate at the start; falls to a 25th")
 
 
 class PrivacyConfig(Section):
@@ -183,7 +183,7 @@ class SecaggConfig(Section):
 
 
 class AggregationConfig(Section):
-    kind: Text = _about("appa", "how the groups' rewards become one: appa, average, min, max, lse, maximin, or module:name")
+    kind: Text = _about("appa", "rule over groups: appa, average, min, max, lse, maximin, module:name")
     variant: Literal["weighted", "paper"] = _about(
         "weighted", "appa: weights outside the exponent, or as published"
     )
@@ -192,12 +192,12 @@ class AggregationConfig(Section):
         0.1, "appa, maximin: contrast of the weights; small favours the worst-off more"
     )
     band: Annotated[tuple[Share, Share], Field(strict=False)] = _about(
-        (0.0, 1.0), "appa weighted, maximin: histories outside count as its ends; caps the contrast of weights"
+        (0.0, 1.0), "appa, maximin: histories are clipped to it; caps the weights' contrast"
     )
     decay: float = _about(0.8, "appa: memory of a group's history (lambda)", ge=0, lt=1)
     h0: Share | None = _about(None, "appa: history before the first step; null: the first step's mean reward")
     dial: Share = _about(0.9, "maximin: 0 is the average, 1 the worst group alone")
-    ramp: Count = _about(100, "maximin: steps until the weights have their full contrast")
+    ramp: Count = _about(200, "maximin: steps until the weights have their full contrast")
     a: float = _about(1.0, "appa weighted, lse: exponent scale; 0 the limit", ge=-16, le=16)
     fi: Literal["cov2", "cov"] = _about(
         "cov2", "fairness index from the squared or plain coefficient of variation"

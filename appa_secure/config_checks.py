@@ -240,13 +240,19 @@ def _secagg(c: Config) -> Iterator[Problem]:
 
 
 def _aggregation(c: Config) -> Iterator[Problem]:
+    found = list(_drowned(c))
+    yield from found
+    if found:
+        return
     try:
         _ = c.aggregation.spec
     except ValueError as error:
         name = re.findall(r"aggregation\.(\w+)", str(error))[0]
-        why = str(error).removeprefix(f"aggregation.{name}").lstrip(" ")
-        yield Problem(f"aggregation.{name}", getattr(c.aggregation, name), why, "a value as said")
-        return
+        yield Problem(f"aggregation.{name}", getattr(c.aggregation, name), str(error), "a value as said")
+
+
+def _drowned(c: Config) -> Iterator[Problem]:
+    """Exponentials that a sum in fixed point cannot hold."""
     if c.secagg.mode == "cohort":
         return  # the coordinator computes on means in float64; no exponential is ever summed in fixed point
     aggregation = c.aggregation
@@ -259,10 +265,10 @@ def _aggregation(c: Config) -> Iterator[Problem]:
             f"aggregation.sharpness={math.floor(limit)}{wider}",
         )  # fmt: skip
     lo, hi = aggregation.band
-    if aggregation.kind not in ("average", "min", "max", "lse") and (hi - lo) / aggregation.temperature > limit:
+    if (hi - lo) / aggregation.temperature > limit:
         yield Problem(
             "aggregation.temperature", aggregation.temperature, f"exp(-(width of the band)/temperature) {drowns}",
-            f"aggregation.temperature={math.ceil(1e4 * (hi - lo) / limit) / 1e4}, a narrower aggregation.band{wider}",
+            f"aggregation.temperature={math.ceil(1e4 * (hi - lo) / limit) / 1e4} or a narrower aggregation.band{wider}",
         )  # fmt: skip
 
 

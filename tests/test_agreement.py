@@ -58,6 +58,7 @@ def test_every_agreed_field_changes_the_digest(agreement) -> None:
     specs = [AggregationSpec(kind="min"), AggregationSpec(variant="paper"), AggregationSpec(decay=0.5)]
     changed += [replace(agreement, aggregation=spec) for spec in specs]
     changed.append(replace(agreement, predictor=replace(SHAPE, ff=9)))
+    changed += [replace(agreement, max_weight=100), replace(agreement, true_rewards=True)]
     for options in (("option 0", "else"), ("option 1", "option 0")):
         question = Question("q0", "Question 0?", options, (0, 1))
         changed.append(replace(agreement, questions={**agreement.questions, "q0": question}))
@@ -75,7 +76,7 @@ def test_what_is_each_sites_own_is_not_agreed(agreement) -> None:
     assert agreed == {
         "plan", "budget", "context_noise", "questions", "reward", "aggregation", "predictor", "groups",
         "directory", "mode", "release", "threshold", "min_cohort", "ring_bits", "rounds_per_epoch",
-        "embedder",
+        "embedder", "max_weight", "true_rewards",
     }  # fmt: skip
 
 

@@ -22,6 +22,9 @@ NEEDS = {
     "policy=stories260k": [f"policy.path={HERE}"],
     "policy=hf": [f"policy.path={HERE}"],
     "secagg=cohort": ["federation.members_per_group=5"],
+    "predictor=truth": ["privacy=off"],
+    "experiment=tabular_opinionqa": [f"data.path={HERE}"],
+    "experiment=tabular_globalopinionqa": [f"data.path={HERE}"],
     "experiment=opinionqa_dense": [f"data.path={HERE}"],
     "experiment=globalopinionqa_8": [f"data.path={HERE}"],
 }
@@ -127,7 +130,7 @@ REFUSED = [
     ("lr=1", "lr", "predictor.lr=1, ppo.lr=1"),
     ("nonsense.whatever=1", "nonsense.whatever", "appa-secure run --help"),
     ("aggregation=apa", "aggregation", "aggregation=appa"),
-    ("aggregation=zzzz", "aggregation", "appa|average|max|min"),
+    ("aggregation=zzzz", "aggregation", "appa|average|lse|max|maximin|min"),
     ("privacy.unit=persn", "privacy.unit", "'respondent'"),
     ("ppo=3", "ppo", "is a section"),
     ("~data", "data", "not removed"),
@@ -197,6 +200,14 @@ REFUSED = [
     ("secagg.ring_bits=32 aggregation=min", "aggregation.sharpness", "secagg.ring_bits=64"),
     ("aggregation=max aggregation.sharpness=80", "aggregation.sharpness", "rounding"),
     ("aggregation.temperature=0.01", "aggregation.temperature", "rounding"),
+    ("aggregation.band=[0.9,0.8]", "aggregation.band", "lo < hi"),
+    ("aggregation.variant=paper aggregation.band=[0.5,1]", "aggregation.band", "variant=paper"),
+    ("aggregation.kind=median", "aggregation.kind", "average, min, max, lse, appa, maximin"),
+    ("aggregation.kind=no_such_module:rule", "aggregation.kind", "cannot be imported"),
+    ("aggregation=maximin aggregation.temperature=0.001", "aggregation.temperature", "narrower"),
+    ("predictor=truth", "predictor.kind", "privacy=off"),
+    ("predictor=truth privacy=off evaluation.truth=false", "predictor.kind", "evaluation.truth=true"),
+    ("task.max_weight=100", "task.max_weight", "policy=tabular"),
     ("ppo.minibatch_size=63", "ppo.minibatch_size", "ppo.minibatch_size=64"),
 ]
 

@@ -37,7 +37,14 @@ import numpy as np
 
 from appa_secure.aggregation.history import averaging_decay, next_history, ramped, raw_weight, weight
 from appa_secure.aggregation.rules import Own, Sum, Sums
-from appa_secure.aggregation.spec import AggregationSpec, Floats, StepResult, check_rewards, jain_to_index
+from appa_secure.aggregation.spec import (
+    MAX_LOG_CONTRAST,
+    AggregationSpec,
+    Floats,
+    StepResult,
+    check_rewards,
+    jain_to_index,
+)
 
 
 def declared(spec: AggregationSpec) -> tuple[Sum, ...]:
@@ -60,6 +67,12 @@ def segments(spec: AggregationSpec, batch: int) -> tuple[tuple[str, int, float, 
     """
     if batch < 1:
         raise ValueError(f"batch must have at least one rollout, got {batch}")
+    contrast = (spec.band[1] - spec.band[0]) / spec.temperature
+    if contrast > MAX_LOG_CONTRAST:
+        raise ValueError(
+            f"aggregation.temperature={spec.temperature}: weights that differ by up to e^{contrast:.3g} drown in a secure "
+            f"sum; at most e^{MAX_LOG_CONTRAST:g}: take a higher temperature or a narrower aggregation.band"
+        )
     return tuple((s.name, batch if s.per_rollout else 1, s.low, s.high) for s in declared(spec))
 
 

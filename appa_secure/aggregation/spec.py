@@ -19,7 +19,8 @@ FairnessScope = Literal["question", "batch"]
 
 MAX_A = 16.0
 MAX_SHARPNESS = 32.0
-MAX_LOG_CONTRAST = 26.0  # leaves 12 of float64's 53 bits to the lightest of 8 groups
+MAX_LOG_CONTRAST = 30.0  # of weights in a secure sum: leaves 7 of float64's 53 bits to the lightest of 8 groups
+_UNDERFLOW = 600.0  # below exp(-600) float64 has nothing left either
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class AggregationSpec:
             predecessor).
         temperature: T > 0 of w_g ∝ exp(-h_g / T).
         band: (lo, hi) within [0, 1]; a history outside counts as the nearer end when it makes a weight. So
-            exp((hi-lo)/T) is a public cap on the contrast of weights; at most e^26, or exp(-h/T) is lost in
-            fixed point. It is a constant of the agreement: a band that the coordinator moved would single
+            exp((hi-lo)/T) is a public cap on the contrast of weights; in a secure sum at most e^30, or exp(-h/T)
+            is lost in fixed point. It is a constant of the agreement: a band that the coordinator moved would single
             groups out (docs/decisions/0009, 0021). `paper` has none.
         decay: λ of the history h ← λ·h + (1-λ)·mean reward, in [0, 1); not used by `maximin`.
         dial: of `maximin`, 0 (average) to 1 (worst group): the objective (1-dial)·mean h + dial·min h.
@@ -63,7 +64,7 @@ class AggregationSpec:
     band: tuple[float, float] = (0.0, 1.0)
     decay: float = 0.8
     dial: float = 0.9
-    ramp: int = 100
+    ramp: int = 200
     a: float = 1.0
     fi: FairnessForm = "cov2"
     fi_scope: FairnessScope = "question"
@@ -87,13 +88,8 @@ class AggregationSpec:
         lo, hi = self.band
         if not 0.0 <= lo < hi <= 1.0:
             raise ValueError(f"aggregation.band must be two numbers 0 <= lo < hi <= 1, got {self.band}")
-        least = (hi - lo) / MAX_LOG_CONTRAST
-        self._check(
-            "temperature",
-            self.temperature,
-            self.temperature >= least,
-            f">= {least:.4g}, a {MAX_LOG_CONTRAST:g}th of the width of aggregation.band",
-        )
+        least = (hi - lo) / _UNDERFLOW
+        self._check("temperature", self.temperature, self.temperature >= least, f">= {least:.4g}")
         if self.variant == "paper" and self.band != (0.0, 1.0):
             raise ValueError("aggregation.band acts on sums of weights, which variant=paper does not have")
         self._check("dial", self.dial, 0.0 <= self.dial <= 1.0, "in [0, 1]")
