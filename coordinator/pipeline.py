@@ -21,6 +21,7 @@ from datasets import Dataset
 from transformers.utils import logging as transformers_logging
 
 from appa_secure.agreement import Agreement
+from appa_secure.ceilings import share_of_gain
 from appa_secure.config import Config
 from appa_secure.data import Question
 from appa_secure.journal import atomic_write
@@ -294,12 +295,13 @@ class Pipeline:
     def _summary(self) -> dict[str, Any]:
         c, run, agreement = self.config, self.run_dir, self.agreement
         stages = {name: run.stage_done(name) or {} for name in _STAGES}
-        alignment = ceilings = closed = None
+        alignment = ceilings = closed = gained = None
         if c.evaluation.truth:
             names = ("train", "heldout")
             alignment = {s: {"before": stages["before"][s], "after": stages["after"][s]} for s in names}
             ceilings = {s: self._measuring().ceilings(q) for s, q in self._measured()}
             closed = {s: _gap_closed(alignment[s], ceilings[s]) for s in names}
+            gained = {s: _gained(alignment[s]["after"]["min"], ceilings[s]) for s in names}
         rows = list(run.ledger)
         private = statement(c, rows, agreement.plan.noise_multiplier, self.nominal)
         run.write_json(STATEMENT_JSON, private)
@@ -318,6 +320,7 @@ class Pipeline:
             "alignment": alignment,
             "ceiling": {"avg": None, "min": None} if ceilings is None else {**(ceilings["train"] or {}), **ceilings},
             "gap_closed": closed,
+            "share_of_gain": gained,
             "predictor": stages["predictor"].get("alignment"),
             "privacy": {
                 "enabled": c.privacy.enabled, "unit": c.privacy.unit, "delta": c.privacy.delta,
@@ -384,6 +387,10 @@ def _gap_closed(alignment: dict[str, Any], ceilings: dict[str, Any] | None) -> d
         before, after = alignment["before"][name], alignment["after"][name]
         out[name] = None if top is None or top <= before else (after - before) / (top - before)
     return out
+
+
+def _gained(value: float, ceilings: dict[str, Any] | None) -> float | None:
+    return None if ceilings is None else share_of_gain(value, ceilings["min_at_avg"], ceilings["min"])
 
 
 def _load(base: Any, folder: Any = None, lora: bool = False) -> tuple[Any, Any]:
