@@ -149,7 +149,9 @@ def manipulation(overrides: Overrides = None) -> None:
     """
     config = compose(overrides or ["experiment=tabular_conflict"])
     if config.policy.kind != "tabular":
-        raise ConfigError(f"policy.kind={config.policy.kind}: groups lie to policy=tabular only. Fix: policy=tabular")
+        raise ConfigError(
+            f"policy.kind={config.policy.kind}: groups lie to policy=tabular only. Fix: policy=tabular"
+        )
     from appa_secure import manipulation as lying
 
     name = config.name or f"manipulation-{config.experiment}-{config.seed}"

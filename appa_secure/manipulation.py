@@ -8,7 +8,8 @@ is a simulation on survey data that this process holds; what it writes is stampe
 The lies, each for every group in turn:
 
   - `history`: the group claims that it has always scored 0, to get the largest weight. Its rewards are true.
-  - `rewards`: it reports its true reward for the answer it likes best of those asked for a question, and 0 for the rest.
+  - `rewards`: of the answers asked for a question it reports its true reward for the one it likes best, and for the
+    others four times as large a distance from that as is true (at least 0).
   - `two`: the group and the one most like it do both, and want the answer that is best for the two.
 
 Rules with weights are measured as they are and with a cap on the weights' contrast (PRIVACY: histories clipped to a band
@@ -36,8 +37,20 @@ from appa_secure.rewards import Scorer, task_of
 from appa_secure.tabular import Floats, TabularPolicy, schedule
 
 LIES = ("history", "rewards", "two")
-_HEADS = ("rule", "lie", "liar gains", "95 %", "largest", "others lose", "Avg AS", "Min AS", "honest Avg", "honest Min")
+_HEADS = (
+    "rule",
+    "lie",
+    "liar gains",
+    "95 %",
+    "largest",
+    "others lose",
+    "Avg AS",
+    "Min AS",
+    "honest Avg",
+    "honest Min",
+)
 _BOOTSTRAP = 2000
+_EXAGGERATION = 4.0
 
 
 class Population:
@@ -53,7 +66,9 @@ class Population:
         self.truth = group_distributions(survey, list(self.questions))
         ordinals = {q: question.ordinals for q, question in self.questions.items()}
         self.scorers = [
-            Scorer(self.reward, {q: p[g] for q, p in self.truth.items() if not np.isnan(p[g]).any()}, ordinals)
+            Scorer(
+                self.reward, {q: p[g] for q, p in self.truth.items() if not np.isnan(p[g]).any()}, ordinals
+            )
             for g in range(len(self.names))
         ]
 
@@ -106,9 +121,8 @@ def play(
         sent = np.where(np.isnan(true), means[:, None], true)
         if lie.rewards:
             wanted = sent[list(lie.groups)].mean(axis=0).reshape(len(qids), samples)
-            best = (wanted == wanted.max(axis=1, keepdims=True)).ravel()
-            for g in lie.groups:
-                sent[g] = np.where(best, sent[g], 0.0)
+            top = wanted.max(axis=1, keepdims=True)
+            sent[list(lie.groups)] = np.maximum(top - _EXAGGERATION * (top - wanted), 0.0).ravel()
         total: Floats | None = None
         for g in range(groups):
             before = 0.0 if lie.history and g in lie.groups else histories[g]
@@ -127,7 +141,9 @@ def rules(config: Config, population: Population) -> dict[str, AggregationSpec]:
     """Every built-in rule, those with weights also capped. `aggregation.*` of the configuration gives maximin's options."""
     found = ceiling(population.reward, list(population.questions.values()), population.truth)
     if found["avg"] is None or found["min"] is None:
-        raise ConfigError(f"task.reward={population.reward}: no ceilings, so no band to cap with. Fix: fewer options")
+        raise ConfigError(
+            f"task.reward={population.reward}: no ceilings, so no band to cap with. Fix: fewer options"
+        )
     own = replace(config.aggregation.spec, kind="maximin")
     level, best = found["avg"]["avg"], found["min"]["min"]
     appa = AggregationSpec(tau=1.0)
@@ -170,7 +186,9 @@ def study(config: Config, directory: Path, say: Callable[[str], None]) -> Path:
                     "min": float(np.mean(minima)), "honest_avg": float(honest.mean()), "honest_min": float(honest.min()),
                 }
             )  # fmt: skip
-            say(f"{name}, {kind}: the liar gains {np.mean(gains):+.4f}, the others lose {np.mean(losses):+.4f}")
+            say(
+                f"{name}, {kind}: the liar gains {np.mean(gains):+.4f}, the others lose {np.mean(losses):+.4f}"
+            )
     described = {
         "stamp": "not private", "experiment": config.experiment, "seed": config.seed, "groups": population.names,
         "questions": len(population.questions), "steps": config.ppo.steps, "rows": rows,
@@ -205,7 +223,12 @@ def _plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(row["rule"] for row in rows))
     figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     for place, (axes, title, key) in enumerate(
-        zip(figure.subplots(1, 2, sharey=True), ("liar gains", "others lose"), ("gains", "losses"), strict=True)
+        zip(
+            figure.subplots(1, 2, sharey=True),
+            ("liar gains", "others lose"),
+            ("gains", "losses"),
+            strict=True,
+        )
     ):
         for shift, (lie, colour) in enumerate(zip(LIES, ("#0072b2", "#d55e00", "#00865f"), strict=True)):
             chosen = {row["rule"]: row[key] for row in rows if row["lie"] == lie}

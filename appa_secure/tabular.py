@@ -1,12 +1,12 @@
 """A policy without a model: one vector per question. It shows what an aggregation rule does, apart from what a network
 can learn.
 
-| task     | the vector of a question, (K,)      | an answer                                    | gradient                        |
-|----------|-------------------------------------|----------------------------------------------|---------------------------------|
-| `dpa`    | a distribution p                    | p + noise, projected to the simplex, written | antithetic evolution strategies |
-|          |                                     | as whole weights 0..max_weight               | (Salimans et al. 2017)          |
-| `opa`    | log-odds of the options             | a ranking drawn from Plackett and Luce's law | score function (Williams 1992)  |
-| `choice` | log-odds of the options             | an option drawn from their softmax           | score function                  |
+| task     | vector of a question (K,) | an answer                                     | gradient                        |
+|----------|---------------------------|-----------------------------------------------|---------------------------------|
+| `dpa`    | a distribution p          | p + noise, projected to the simplex, written  | antithetic evolution strategies |
+|          |                           | as whole weights 0..max_weight                | (Salimans et al. 2017)          |
+| `opa`    | log-odds of the options   | a ranking drawn from Plackett and Luce's law  | score function (Williams 1992)  |
+| `choice` | log-odds of the options   | an option drawn from their softmax            | score function                  |
 
 For `dpa` the noise and the step size fall over a run, and ascent in the simplex itself keeps a concave objective
 concave, so a fixed point is an optimum of the aggregated reward, up to the rounding of weights: max_weight = 1000 costs
@@ -55,7 +55,9 @@ class TabularPolicy:
         mask, count = self.mask[rows], self.mask[rows].sum(axis=1)
         if self.task == "dpa":
             noise = rng.standard_normal((len(rows), -(-samples // 2), mask.shape[1])) * mask[:, None]
-            noise -= noise.sum(axis=2, keepdims=True) / count[:, None, None] * mask[:, None]  # stay in the plane
+            noise -= (
+                noise.sum(axis=2, keepdims=True) / count[:, None, None] * mask[:, None]
+            )  # stay in the plane
             noise = np.concatenate([noise, -noise], axis=1)[:, :samples]
             answers = simplex(self.values[rows][:, None] + spread * noise, mask[:, None])  # (Q, S, K)
             weights = np.rint(answers * (self.max_weight / answers.max(axis=2, keepdims=True))).astype(int)
@@ -76,7 +78,9 @@ class TabularPolicy:
 
     def _score_function(self, rows: NDArray[np.int64], order: NDArray[np.int64]) -> Floats:
         """Gradient of the log-probability of each ranking (or of its first place) in the log-odds, (Q, S, K)."""
-        odds = np.where(self.mask[rows], np.exp(self.values[rows] - self.values[rows].max(axis=1, keepdims=True)), 0.0)
+        odds = np.where(
+            self.mask[rows], np.exp(self.values[rows] - self.values[rows].max(axis=1, keepdims=True)), 0.0
+        )
         ranked = np.take_along_axis(np.broadcast_to(odds[:, None], order.shape), order, axis=2)
         left = np.cumsum(ranked[:, :, ::-1], axis=2)[:, :, ::-1]  # mass of those not yet placed
         share = np.cumsum(np.where(ranked > 0, 1 / np.where(left > 0, left, 1.0), 0.0), axis=2)
@@ -97,7 +101,9 @@ class TabularPolicy:
         r = np.array([np.nan if x is None else x for x in rewards]).reshape(len(rows), -1)  # (Q, S)
         known = ~np.isnan(r)
         count = known.sum(axis=1, keepdims=True)
-        centred = np.where(known, r - np.where(known, r, 0.0).sum(axis=1, keepdims=True) / np.maximum(count, 1), 0.0)
+        centred = np.where(
+            known, r - np.where(known, r, 0.0).sum(axis=1, keepdims=True) / np.maximum(count, 1), 0.0
+        )
         gradient = np.einsum("qs,qsk->qk", centred, noise) / (np.maximum(count - 1, 1) * spread)
         moved = self.values[rows] + step_size * gradient
         self.values[rows] = simplex(moved, self.mask[rows]) if self.task == "dpa" else moved

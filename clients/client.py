@@ -287,7 +287,9 @@ class Client:
             questions = self.agreement.questions
             if self.agreement.true_rewards:
                 if not self.agreement.truth:
-                    raise Refusal("NotAllowed", "evaluation.truth is off at this site: no rewards from true answers")
+                    raise Refusal(
+                        "NotAllowed", "evaluation.truth is off at this site: no rewards from true answers"
+                    )
                 targets = {q: self._data.distribution(q) for q in questions if self._data.has(q)}
             elif self._state.get("predicted"):
                 targets = {q: np.frombuffer(p) for q, p in self._state["predicted"].items()}

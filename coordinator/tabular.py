@@ -42,7 +42,9 @@ def load(agreement: Agreement, folder: Path) -> tuple[TabularPolicy, int]:
     return policy, int(stored["step"])
 
 
-def measured(policy: TabularPolicy, qids: Sequence[str], samples: int, seed: int, spread: float) -> list[list[str]]:
+def measured(
+    policy: TabularPolicy, qids: Sequence[str], samples: int, seed: int, spread: float
+) -> list[list[str]]:
     """`samples` answers to each question, as `coordinator.evaluate` wants them."""
     texts, _ = policy.draw(qids, samples, spread, np.random.default_rng([seed, _MEASURE]))
     return [texts[i : i + samples] for i in range(0, len(texts), samples)]

@@ -19,7 +19,9 @@ FairnessScope = Literal["question", "batch"]
 
 MAX_A = 16.0
 MAX_SHARPNESS = 32.0
-MAX_LOG_CONTRAST = 30.0  # of weights in a secure sum: leaves 7 of float64's 53 bits to the lightest of 8 groups
+MAX_LOG_CONTRAST = (
+    30.0  # of weights in a secure sum: leaves 7 of float64's 53 bits to the lightest of 8 groups
+)
 _UNDERFLOW = 600.0  # below exp(-600) float64 has nothing left either
 
 

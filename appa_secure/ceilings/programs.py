@@ -66,8 +66,12 @@ def cdf_program(
     matrix = coo_array((values, (rows, columns)), shape=shape).tocsr()
     limits = np.concatenate([1.0 - fixed, known, np.zeros(len(pair))])
     unit = [(0.0, 1.0)] * first_t
-    overall = gaps[question, option][cut] * game.share[question[cut], group]  # Σ_g (1 - AS_g) has these weights
-    distance = np.concatenate([-np.bincount(cut, overall), 2.0 * overall])  # without the constant overall @ known
+    overall = (
+        gaps[question, option][cut] * game.share[question[cut], group]
+    )  # Σ_g (1 - AS_g) has these weights
+    distance = np.concatenate(
+        [-np.bincount(cut, overall), 2.0 * overall]
+    )  # without the constant overall @ known
     first = _solve(
         np.concatenate([(1.0 - dial) / groups * distance, np.full(blocks, -dial / blocks)]),
         matrix,

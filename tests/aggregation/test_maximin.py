@@ -44,9 +44,7 @@ def test_rewards_equal_the_formula_at_every_step(groups, batch, dial, ramp, seed
             weights = [math.exp(-gain * (min(max(x, lo), hi) - lo) / temperature) for x in h]
         total = sum(weights)
         for i in range(batch):
-            expected = sum(
-                ((1 - dial) / groups + dial * w / total) * r[g, i] for g, w in enumerate(weights)
-            )
+            expected = sum(((1 - dial) / groups + dial * w / total) * r[g, i] for g, w in enumerate(weights))
             assert result.rewards[i] == pytest.approx(expected, abs=1e-9)
         assert result.alpha_sum == pytest.approx(total)
         seen = np.vstack([seen, r.mean(axis=1)])

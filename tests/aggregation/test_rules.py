@@ -87,7 +87,12 @@ def test_blind_equals_clear_at_every_step(kind, seed, data):
         np.testing.assert_allclose(own, clear, rtol=0, atol=1e-15)
 
 
-@given(st.integers(1, 7), st.integers(1, 5), st.sampled_from([-16.0, -2.0, 1e-9, 0.5, 16.0]), st.integers(0, 2**32))
+@given(
+    st.integers(1, 7),
+    st.integers(1, 5),
+    st.sampled_from([-16.0, -2.0, 1e-9, 0.5, 16.0]),
+    st.integers(0, 2**32),
+)
 def test_log_sum_exp_equals_its_formula(groups, batch, a, seed):
     r = np.random.default_rng(seed).random((groups, batch))
     result, _, _ = combine_clear(AggregationSpec(kind="lse", a=a), r, None)
