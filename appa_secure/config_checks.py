@@ -282,7 +282,7 @@ def _largest_exponent(c: Config) -> float:
 
 def _ppo(c: Config) -> Iterator[Problem]:
     rollouts = c.ppo.prompts_per_step * c.ppo.generations
-    if rollouts % c.ppo.minibatch_size:
+    if rollouts % c.ppo.minibatch_size and c.policy.kind != "tabular":
         divisors = [size for size in range(1, rollouts + 1) if rollouts % size == 0]
         nearest = min(divisors, key=lambda size: abs(size - c.ppo.minibatch_size))
         yield Problem(

@@ -130,7 +130,7 @@ REFUSED = [
     ("lr=1", "lr", "predictor.lr=1, ppo.lr=1"),
     ("nonsense.whatever=1", "nonsense.whatever", "appa-secure run --help"),
     ("aggregation=apa", "aggregation", "aggregation=appa"),
-    ("aggregation=zzzz", "aggregation", "appa|average|lse|max|maximin|min"),
+    ("aggregation=zzzz", "aggregation", "appa|average|lse|max|maximin|maximin_close|maximin_conflict|min"),
     ("privacy.unit=persn", "privacy.unit", "'respondent'"),
     ("ppo=3", "ppo", "is a section"),
     ("~data", "data", "not removed"),
