@@ -92,6 +92,8 @@ class Pipeline:
         return {}
 
     def _context(self) -> dict[str, Any]:
+        if self.agreement.true_rewards:
+            return {}  # no predictor, so nothing to describe a group to
         for client, reply in ask(self.federation, "context").items():
             record_ledger(self.run_dir, client, reply.body["ledger"])
         return {}
