@@ -34,6 +34,7 @@ from appa_secure.secagg.policy import (
     most_colluders,
     threshold_for,
 )
+from appa_secure.tasks import MAX_WEIGHT
 
 PREDICTOR = "predictor"
 REWARD = "reward"
@@ -59,6 +60,8 @@ class Agreement:
     ring_bits: int
     rounds_per_epoch: int
     embedder: str
+    max_weight: int = MAX_WEIGHT  # of an answer that is a distribution
+    true_rewards: bool = False  # rewards from raw answers instead of predictions: simulations without privacy
     version: int = 0  # of the membership in force; not digested, as a run is founded once
     period: int = 0  # see `appa_secure.membership`
     output: OutputPlan | None = None  # noise on the reward sums
@@ -207,6 +210,7 @@ class Agreement:
                     ],
                     "output": None if self.output is None else asdict(self.output),
                     "embedder": self.embedder,
+                    "answers": [self.max_weight, self.true_rewards],
                 }
             )
         ).digest()  # fmt: skip
@@ -257,7 +261,7 @@ def make_agreement(
     embedder: str,
 ) -> Agreement:
     """The agreement of a configured run. groups: client id -> group."""
-    s, p, a = config.secagg, config.privacy, config.aggregation
+    s, p = config.secagg, config.privacy
     release = s.release if s.release != "auto" else ("recover" if s.mode == "cohort" else "abort")
     agreement = Agreement(
         plan=make_plan(config, run, split, len(groups)),
@@ -265,10 +269,7 @@ def make_agreement(
         context_noise=p.context_noise,
         questions={q.qid: q for q in questions},
         reward=config.task.reward,
-        aggregation=AggregationSpec(
-            kind=a.kind, variant=a.variant, tau=a.tau, temperature=a.temperature, decay=a.decay, a=a.a, fi=a.fi,
-            fi_scope=a.fi_scope, sharpness=a.sharpness,
-        ),
+        aggregation=config.aggregation.spec,
         predictor=PredictorShape(
             embedding_size, config.predictor.dim, config.predictor.layers, config.predictor.heads, config.predictor.ff,
             config.predictor.mlp_depth,
@@ -282,6 +283,8 @@ def make_agreement(
         ring_bits=s.ring_bits,
         rounds_per_epoch=s.rounds_per_epoch,
         embedder=embedder,
+        max_weight=config.task.max_weight,
+        true_rewards=config.predictor.kind == "truth",
         secure_rng=p.secure_rng,
         truth=config.evaluation.truth,
     )  # fmt: skip

@@ -154,6 +154,24 @@ def sweep(
 
 
 @app.command()
+def manipulation(overrides: Overrides = None) -> None:
+    """Measure what a lying group gains under every aggregation rule, and what the others lose.
+
+    Takes the options of a run with policy=tabular, such as experiment=tabular_conflict; a simulation, not private.
+    """
+    config = compose(overrides or ["experiment=tabular_conflict"])
+    if config.policy.kind != "tabular":
+        raise ConfigError(
+            f"policy.kind={config.policy.kind}: groups lie to policy=tabular only. Fix: policy=tabular"
+        )
+    from appa_secure import manipulation as lying
+
+    name = config.name or f"manipulation-{config.experiment}-{config.seed}"
+    directory = lying.study(config, Path(config.output_root) / name, _say)
+    typer.echo(directory / "manipulation.md")
+
+
+@app.command()
 def report(
     directories: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="Run directories, or the folder of one sweep.")

@@ -25,6 +25,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from appa_secure import config_checks
+from appa_secure.aggregation import AggregationSpec
 from appa_secure.config_checks import Problem
 from appa_secure.errors import ConfigError
 
@@ -62,6 +63,9 @@ class TaskConfig(Section):
     )
     style: Literal["short", "instruct"] = _about(
         "short", "prompts: short for tiny policies, instruct for real LMs"
+    )
+    max_weight: int = _about(
+        10, "dpa: largest weight in an answer; above 10 only with policy=tabular", ge=10, le=1000
     )
     format_penalty: float = _about(
         0.5, "training reward of an answer that cannot be read; measured as 0", ge=-1, le=1
@@ -109,6 +113,9 @@ class EmbedderConfig(Section):
 
 
 class PredictorConfig(Section):
+    kind: Literal["gpo", "truth"] = _about(
+        "gpo", "source of rewards: private predictor; or truth, in simulations only"
+    )
     dim: Count = _about(128, "width of the preference predictor")
     layers: Count = _about(6, "transformer layers")
     heads: Count = _about(4, "attention heads; divides dim")
@@ -132,7 +139,9 @@ class LoraConfig(Section):
 
 
 class PolicyConfig(Section):
-    kind: Literal["tiny", "stories260k", "hf"] = _about("tiny", "the language model to be aligned")
+    kind: Literal["tiny", "stories260k", "hf", "tabular"] = _about(
+        "tiny", "what is aligned: a language model, or a table of answers"
+    )
     path: Text | None = _about(None, "local folder (or hub id, for hf) of the weights")
     dim: Count = _about(128, "tiny: width")
     layers: Count = _about(4, "tiny: layers")
@@ -141,6 +150,8 @@ class PolicyConfig(Section):
     warmup_steps: int = _about(300, "steps on public text that teach the answer format", ge=0)
     warmup_lr: Positive = _about(2e-3, "learning rate of the warm-up")
     lora: LoraConfig | None = _about(None, "low-rank adapter; null trains all weights")
+    spread: Positive = _about(0.05, "tabular, dpa: noise of answers at the start, in probability")
+    step_size: Positive = _about(0.1, "tabular: learning rate at the start; falls to a 25th")
 
 
 class PrivacyConfig(Section):
@@ -185,14 +196,22 @@ class SecaggConfig(Section):
 
 
 class AggregationConfig(Section):
-    kind: Literal["appa", "average", "min", "max"] = _about("appa", "how the groups' rewards become one")
+    kind: Text = _about("appa", "rule over groups: appa, average, min, max, lse, maximin, module:name")
     variant: Literal["weighted", "paper"] = _about(
         "weighted", "appa: weights outside the exponent, or as published"
     )
     tau: float = _about(0.99, "appa: fairness index from which the plain mean is used", gt=0, le=1)
-    temperature: Positive = _about(0.1, "appa: contrast of the weights; small favours the worst-off more")
+    temperature: Positive = _about(
+        0.1, "appa, maximin: contrast of the weights; small favours the worst-off more"
+    )
+    band: Annotated[tuple[Share, Share], Field(strict=False)] = _about(
+        (0.0, 1.0), "appa, maximin: histories are clipped to it; caps the weights' contrast"
+    )
     decay: float = _about(0.8, "appa: memory of a group's history (lambda)", ge=0, lt=1)
-    a: float = _about(1.0, "appa, weighted: exponent scale", gt=0, le=16)
+    h0: Share | None = _about(None, "appa: history before the first step; null: the first step's mean reward")
+    dial: Share = _about(0.9, "maximin: 0 is the average, 1 the worst group alone")
+    ramp: Count = _about(200, "maximin: steps until the weights have their full contrast")
+    a: float = _about(1.0, "appa weighted, lse: exponent scale; 0 the limit", ge=-16, le=16)
     fi: Literal["cov2", "cov"] = _about(
         "cov2", "fairness index from the squared or plain coefficient of variation"
     )
@@ -200,6 +219,11 @@ class AggregationConfig(Section):
         "question", "fairness index per rollout, or one per batch (leaks less)"
     )
     sharpness: Positive = _about(24.0, "min, max in blind mode: exponent scale of the approximation")
+
+    @property
+    def spec(self) -> AggregationSpec:
+        """The rule with its options. Raises ValueError naming the field where they do not fit together."""
+        return AggregationSpec(**self.model_dump())
 
 
 class FederationConfig(Section):
@@ -236,7 +260,7 @@ class EvaluationConfig(Section):
     bootstrap: int = _about(1000, "resamples of the 95 % intervals", ge=100)
     every: int = _about(1, "steps between per-group measurements of the rollouts; 0 for none", ge=0)
     predictor_every: int = _about(
-        0, "rounds between measurements of the predictor in training; 0: only when it is final", ge=0
+        0, "rounds between measurements of the predictor; 0: only the final one", ge=0
     )
 
 

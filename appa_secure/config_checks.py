@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from appa_secure.secagg.fixedpoint import FLOAT_BITS
+from appa_secure.tasks import MAX_WEIGHT
+
 if TYPE_CHECKING:
-    from appa_secure.config import Config
+    from appa_secure.aggregation import AggregationSpec
+    from appa_secure.config import AggregationConfig, Config
 
 # Bits of relative precision that must be left of the smallest exponential a client adds to a fixed-point sum.
 _EXP_PRECISION_BITS = 8
+# Largest s for exponentials exp(-s) in sums with output noise: noise on what they give is at most e^4 times that on a mean.
+_NOISY_EXPONENT = 4.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,8 @@ def notes(config: Config) -> tuple[str, ...]:
         found.append(
             "privacy.secure_rng=false: whoever knows the seed can take the noise off; stamped 'not private'"
         )
+    if c.predictor.kind == "truth":
+        found.append("predictor=truth: rewards come from true answers; for measuring aggregation rules only")
     if c.secagg.mode == "clear":
         found.append("secagg=clear: the coordinator sees every group's rewards; stamped 'not private'")
     if c.evaluation.truth:
@@ -106,6 +115,11 @@ def _release(config: Config) -> str:
 
 
 def _task(c: Config) -> Iterator[Problem]:
+    if c.task.max_weight != MAX_WEIGHT and c.policy.kind != "tabular":
+        yield Problem(
+            "task.max_weight", c.task.max_weight, f"language models are taught the weights 0..{MAX_WEIGHT}",
+            f"task.max_weight={MAX_WEIGHT}, or policy=tabular",
+        )  # fmt: skip
     if c.task.reward != "wasserstein":
         return
     if c.data.kind == "globalopinionqa":
@@ -171,7 +185,7 @@ def _shapes(c: Config) -> Iterator[Problem]:
             yield Problem(
                 f"{name}.dim", dim, f"must be a multiple of {name}.heads={heads}", f"{name}.dim={heads * 16}"
             )
-    if c.policy.kind != "tiny" and c.policy.path is None:
+    if c.policy.kind not in ("tiny", "tabular") and c.policy.path is None:
         yield Problem(
             "policy.path",
             None,
@@ -207,6 +221,11 @@ def _centralised(c: Config) -> Iterator[Problem]:
 
 def _privacy(c: Config) -> Iterator[Problem]:
     privacy, data = c.privacy, c.data
+    if c.predictor.kind == "truth" and (privacy.enabled or not c.evaluation.truth):
+        yield Problem(
+            "predictor.kind", "truth", "rewards from true answers are for simulations without privacy",
+            "predictor.kind=gpo, or privacy=off evaluation.truth=true",
+        )  # fmt: skip
     if not privacy.enabled:
         return
     if privacy.unit == "respondent" and data.kind in ("opinionqa", "globalopinionqa"):
@@ -284,6 +303,14 @@ def _output_noise(c: Config) -> Iterator[Problem]:
             f"aggregation={rule.kind} sums exponentials of which the smallest decides: any noise drowns it",
             "aggregation=appa or average, or secagg=cohort",
         )  # fmt: skip
+    steep = {"lse": abs(rule.a), "maximin": exponents(rule)["temperature"]}.get(rule.kind, 0.0)
+    if steep > _NOISY_EXPONENT:
+        yield Problem(
+            "secagg.output_epsilon", secagg.output_epsilon,
+            f"aggregation={rule.kind} sums values that differ by up to e^{steep:.3g}: noise drowns the small ones",
+            f"aggregation.a={math.copysign(_NOISY_EXPONENT, rule.a):g}" if rule.kind == "lse" else
+            "a narrower aggregation.band or a higher aggregation.temperature, or secagg=cohort",
+        )  # fmt: skip
     if rule.kind == "appa" and rule.variant == "paper":
         yield Problem(
             "aggregation.variant", "paper", "needs an exact normaliser, and output noise leaves none",
@@ -292,21 +319,36 @@ def _output_noise(c: Config) -> Iterator[Problem]:
 
 
 def _aggregation(c: Config) -> Iterator[Problem]:
+    found = list(_drowned(c))
+    yield from found
+    if found:
+        return
+    try:
+        _ = c.aggregation.spec
+    except ValueError as error:
+        name = re.findall(r"aggregation\.(\w+)", str(error))[0]
+        yield Problem(f"aggregation.{name}", getattr(c.aggregation, name), str(error), "a value as said")
+
+
+def _drowned(c: Config) -> Iterator[Problem]:
+    """Exponentials that a sum in fixed point cannot hold."""
     if c.secagg.mode == "cohort":
         return  # the coordinator computes on means in float64; no exponential is ever summed in fixed point
     aggregation = c.aggregation
     limit = largest_exponent(c.secagg.ring_bits, max(c.data.known_groups or 0, c.secagg.min_cohort))
     wider = "" if c.secagg.ring_bits == 64 else " or secagg.ring_bits=64"
     drowns = f"drowns in the rounding of secagg.ring_bits={c.secagg.ring_bits}"
-    if aggregation.kind in ("min", "max") and aggregation.sharpness > limit:
+    needed = exponents(aggregation)
+    if needed.get("sharpness", 0.0) > limit:
         yield Problem(
             "aggregation.sharpness", aggregation.sharpness, f"exp(-sharpness) {drowns}",
             f"aggregation.sharpness={math.floor(limit)}{wider}",
         )  # fmt: skip
-    if aggregation.kind == "appa" and 1 / aggregation.temperature > limit:
+    if needed["temperature"] > limit:
+        least = math.ceil(1e4 * needed["temperature"] * aggregation.temperature / limit) / 1e4
         yield Problem(
-            "aggregation.temperature", aggregation.temperature, f"exp(-1/temperature) {drowns}",
-            f"aggregation.temperature={math.ceil(1000 / limit) / 1000}{wider}",
+            "aggregation.temperature", aggregation.temperature, f"exp(-(width of the band)/temperature) {drowns}",
+            f"aggregation.temperature={least} or a narrower aggregation.band{wider}",
         )  # fmt: skip
 
 
@@ -319,15 +361,23 @@ def _evaluation(c: Config) -> Iterator[Problem]:
         )  # fmt: skip
 
 
+def exponents(rule: AggregationConfig | AggregationSpec) -> dict[str, float]:
+    """The s of the smallest exponentials exp(-s) that a rule sums, by the option they come from."""
+    lo, hi = rule.band
+    found = {"temperature": (hi - lo) / rule.temperature}
+    return {**found, "sharpness": rule.sharpness} if rule.kind in ("min", "max") else found
+
+
 def largest_exponent(ring_bits: int, groups: int) -> float:
     """Largest s for which exp(-s), in a sum over all groups, keeps _EXP_PRECISION_BITS bits in the ring."""
-    fraction_bits = ring_bits - 1 - math.ceil(math.log2(groups))
+    # Sums are read as float64.
+    fraction_bits = min(ring_bits - 1, FLOAT_BITS) - math.ceil(math.log2(groups))
     return (fraction_bits - _EXP_PRECISION_BITS) * math.log(2)
 
 
 def _ppo(c: Config) -> Iterator[Problem]:
     rollouts = c.ppo.prompts_per_step * c.ppo.generations
-    if rollouts % c.ppo.minibatch_size:
+    if rollouts % c.ppo.minibatch_size and c.policy.kind != "tabular":
         divisors = [size for size in range(1, rollouts + 1) if rollouts % size == 0]
         nearest = min(divisors, key=lambda size: abs(size - c.ppo.minibatch_size))
         yield Problem(
@@ -347,7 +397,7 @@ def _paths(c: Config) -> Iterator[Problem]:
     ):
         if path is None or Path(path).expanduser().exists() or (hub and _could_be_hub_id(path)):
             continue
-        if (field, c.policy.kind) == ("policy.path", "tiny"):
+        if field == "policy.path" and c.policy.kind in ("tiny", "tabular"):
             continue
         yield Problem(field, path, f"does not exist, seen from {os.getcwd()}", "an existing path")
 

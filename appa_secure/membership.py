@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from appa_secure.agreement import Agreement
-from appa_secure.config_checks import largest_exponent
+from appa_secure.config_checks import exponents, largest_exponent
 from appa_secure.errors import ConfigError
 from appa_secure.journal import canonical_json
 from appa_secure.secagg.errors import BadParameters, Headroom
@@ -111,11 +111,8 @@ def renewed(agreement: Agreement, news: Membership) -> Agreement:
             a.reward_layout(1).preflight(parties)
         except (BadParameters, Headroom) as error:
             raise ConfigError(f"{FILE}: {error}") from None
-        limit, spec = largest_exponent(a.ring_bits, parties), a.aggregation
-        needed = {"appa": 1 / spec.temperature, "min": spec.sharpness, "max": spec.sharpness}.get(
-            spec.kind, 0
-        )
-        if not a.cohort and needed > limit:
+        needed = max(exponents(a.aggregation).values())
+        if not a.cohort and needed > largest_exponent(a.ring_bits, parties):
             raise ConfigError(
                 f"{FILE}: with {parties} parties exp(-{needed:g}) drowns in the rounding of the ring"
             )

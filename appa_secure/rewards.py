@@ -147,6 +147,10 @@ class Scorer:
                 gaps = _relative_gaps(np.asarray(positions, dtype=np.float64), f"question {qid!r}")
                 self._gaps[index, : len(gaps)] = gaps
 
+    def knows(self, qid: str) -> bool:
+        """Whether there is a target for the question."""
+        return qid in self._row
+
     def score(self, qids: Sequence[str], answers: Sequence[Floats | None]) -> Floats:
         """Rewards of parsed answers, float64 (B,) in [0, 1]; NaN where the answer is None (malformed).
 

@@ -29,7 +29,7 @@ LETTERS = "ABCDEFGHIJ"
 MAX_OPTIONS = len(LETTERS)
 MAX_WEIGHT = 10
 
-_WEIGHT = re.compile(r"10|[0-9]")
+_WEIGHT = re.compile(r"0|[1-9][0-9]{0,3}", re.ASCII)
 
 _INSTRUCTIONS = {
     "dpa": (
@@ -77,8 +77,8 @@ def prompt(question: Question, task: str, style: str) -> str:
     raise ValueError(f"task.style {style!r} is unknown; choose one of {', '.join(STYLES)}")
 
 
-def parse(text: str, question: Question, task: str) -> np.ndarray | None:
-    """Read a completion; see the module's table.
+def parse(text: str, question: Question, task: str, max_weight: int = MAX_WEIGHT) -> np.ndarray | None:
+    """Read a completion; see the module's table. max_weight: the largest weight of a `dpa` answer.
 
     Returns:
         float64 (K,), K = len(question.options), or None when the text is not exactly an answer.
@@ -93,6 +93,8 @@ def parse(text: str, question: Question, task: str) -> np.ndarray | None:
         if len(items) != count or not all(_WEIGHT.fullmatch(item) for item in items):
             return None
         weights = np.array([int(item) for item in items], dtype=np.float64)
+        if weights.max() > max_weight:
+            return None
         total = weights.sum()
         return weights / total if total > 0 else None
     letters = LETTERS[:count]
@@ -112,11 +114,11 @@ def parse(text: str, question: Question, task: str) -> np.ndarray | None:
     return answer
 
 
-def answer_text(values: Sequence[int], task: str) -> str:
-    """Write an answer in the format `parse` reads.
+def answer_text(values: Sequence[int], task: str, max_weight: int = MAX_WEIGHT) -> str:
+    """Write an answer in the format `parse` reads with this largest weight.
 
     Args:
-        values: `dpa`: K weights 0..10, one above 0; `opa`: option indices, best first; `choice`: one index.
+        values: `dpa`: K weights 0..max_weight, one above 0; `opa`: option indices, best first; `choice`: one index.
 
     Raises:
         ValueError: values that would not parse.
@@ -124,8 +126,8 @@ def answer_text(values: Sequence[int], task: str) -> str:
     _check_task(task)
     numbers = [int(value) for value in values]
     if task == "dpa":
-        if not numbers or any(not 0 <= n <= MAX_WEIGHT for n in numbers) or not any(numbers):
-            raise ValueError(f"weights must be whole numbers 0..{MAX_WEIGHT}, one above 0; got {numbers}")
+        if not numbers or any(not 0 <= n <= max_weight for n in numbers) or not any(numbers):
+            raise ValueError(f"weights must be whole numbers 0..{max_weight}, one above 0; got {numbers}")
         return " ".join(str(n) for n in numbers)
     if any(not 0 <= n < MAX_OPTIONS for n in numbers):
         raise ValueError(f"option indices must lie in 0..{MAX_OPTIONS - 1}; got {numbers}")

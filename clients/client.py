@@ -141,7 +141,8 @@ class Client:
         if request.kind != "setup" and not self._state.get("run"):
             raise Refusal("OutOfOrder", f"{request.kind} before setup")
         if request.kind in _INTO_SUMS:
-            self._renew(now=bool(self._state.get("predicted")) and self._begins_epoch(request))
+            aligning = bool(self._state.get("predicted")) or self.agreement.true_rewards
+            self._renew(now=aligning and self._begins_epoch(request))
         return self._handlers[request.kind](request.body)
 
     def _save(self) -> None:
@@ -370,26 +371,47 @@ class Client:
     # -- alignment -------------------------------------------------------------------------------------------------
 
     def _targets(self) -> Scorer:
-        """Rewards against this group's predicted preferences, which come from private artefacts only."""
+        """Rewards against this group's predicted preferences, which come from private artefacts only.
+
+        With predictor=truth against its true answers, where this site allows measuring.
+        """
         if self._scorer is None:
-            if not self._state.get("predicted"):
-                raise Refusal("OutOfOrder", "no predictor yet")
             questions = self.agreement.questions
-            self._scorer = Scorer(
-                self.agreement.reward,
-                {q: np.frombuffer(p) for q, p in self._state["predicted"].items()},
-                {q: question.ordinals for q, question in questions.items()},
-            )
+            if self.agreement.true_rewards:
+                if not self.agreement.truth:
+                    raise Refusal(
+                        "NotAllowed", "evaluation.truth is off at this site: no rewards from true answers"
+                    )
+                targets = {q: self._data.distribution(q) for q in questions if self._data.has(q)}
+            elif self._state.get("predicted"):
+                targets = {q: np.frombuffer(p) for q, p in self._state["predicted"].items()}
+            else:
+                raise Refusal("OutOfOrder", "no predictor yet")
+            ordinals = {q: question.ordinals for q, question in questions.items()}
+            self._scorer = Scorer(self.agreement.reward, targets, ordinals)
         return self._scorer
 
+    def _rewards(self, qids: Sequence[str], answers: Sequence[np.ndarray]) -> np.ndarray:
+        """This group's rewards of parsed answers, float64 (B,).
+
+        Predictions exist for all questions, true answers may not: a question that this group was not asked then counts
+        as the mean of the others, which moves neither its history nor the policy.
+        """
+        scorer = self._targets()
+        known = [i for i, qid in enumerate(qids) if scorer.knows(qid)]
+        rewards = np.full(len(qids), np.nan)
+        rewards[known] = scorer.score([qids[i] for i in known], [answers[i] for i in known])
+        rewards[np.isnan(rewards)] = rewards[known].mean() if known else 0.5
+        return rewards
+
     def _score(self, body: Mapping[str, Any]) -> bytes:
-        a, scorer, step = self.agreement, self._targets(), body["step"]
+        a, step = self.agreement, body["step"]
         self._check_session(body, a.reward_session(a.groups[self.client_id]))
         answers = self._parsed(body)
-        rewards = scorer.score(body["questions"], answers)
+        rewards = self._rewards(body["questions"], answers)
         if a.once_per_period and (barred := self._scored.barred(body["questions"], answers, a.period)):
             raise Refusal("ScoredBefore", f"{len(barred)} of these answers were scored with other members")
-        history = self._committed(step, body["opened"])
+        history, opened = self._committed(step, body["opened"])
         if a.once_per_period:
             self._scored.add(body["questions"], answers, a.period)
         if a.cohort:
@@ -399,7 +421,7 @@ class Client:
         else:
             z = self._normaliser(body)
             try:
-                vector, h = contribution(a.aggregation, rewards, history, z, len(a.clients))
+                vector, h = contribution(a.aggregation, rewards, history, z, len(a.clients), opened + 1)
             except ValueError as error:
                 raise RemoteMisbehaviour(COORDINATOR, f"score: {error}") from None
             self._state["history"].update(pending=pack_float(h), pending_step=step)
@@ -438,7 +460,8 @@ class Client:
         parsed = []
         for qid, text in zip(questions, answers, strict=True):
             question = self.agreement.questions.get(qid)
-            answer = parse(text, question, self.agreement.task) if question is not None else None
+            a = self.agreement
+            answer = parse(text, question, a.task, a.max_weight) if question is not None else None
             if answer is None:
                 raise BadEncoding(
                     COORDINATOR, f"score: not an answer to a question of this survey ({qid!r:.80})"
@@ -446,8 +469,12 @@ class Client:
             parsed.append(answer)
         return parsed
 
-    def _committed(self, step: int, opened: int) -> float | None:
-        """This group's history before `step`; the pending one counts once the coordinator says its step was opened."""
+    def _committed(self, step: int, opened: int) -> tuple[float | None, int]:
+        """This group's history before `step`, and how many steps are in it since the period began.
+
+        The pending one counts once the coordinator says its step was opened. The coordinator's own numbers only name
+        steps: counted by them, it could take a rule that weighs later steps differently to its end at once.
+        """
         h = self._state["history"]
         pending, last = h.get("pending_step"), h.get("step", 0)
         if self.agreement.release == "abort" and opened not in (pending, last):
@@ -459,8 +486,8 @@ class Client:
         if step <= max(h.get("floor", 0), pending if opened == pending else last):
             raise ReplayedRound(COORDINATOR, f"alignment step {step} was opened before")
         if opened == pending:
-            h.update(current=h.pop("pending"), step=h.pop("pending_step"))
-        return unpack_float(h.get("current", b""), "own store", "history")
+            h.update(current=h.pop("pending"), step=h.pop("pending_step"), steps=h.get("steps", 0) + 1)
+        return unpack_float(h.get("current", b""), "own store", "history"), h.get("steps", 0)
 
     # -- measurement -----------------------------------------------------------------------------------------------
 

@@ -96,7 +96,7 @@ class Evaluator:
         texts = generate(prompts, samples)
         flat = [q for q in qids for _ in range(samples)]
         answers = [
-            parse(t, self.agreement.questions[q], task)
+            parse(t, self.agreement.questions[q], task, self.agreement.max_weight)
             for q, row in zip(qids, texts, strict=True)
             for t in row
         ]

@@ -30,10 +30,11 @@ def follow(rounds: Rounds) -> None:
     agreement = renewed(rounds.agreement, news)
     joined = sorted(set(news.groups) - set(was.groups))
     if joined:
-        theta = np.load(run.path("predictor") / "parameters.npy").astype("<f4").tobytes()
         ask(rounds.federation, "setup", joined, run=was.run, agreement=rounds.founding.digest())
+    if joined and not agreement.true_rewards:
         for client, reply in ask(rounds.federation, "context", joined).items():
             record_ledger(run.ledger, client, reply.body["ledger"])
+        theta = np.load(run.path("predictor") / "parameters.npy").astype("<f4").tobytes()
         ask(rounds.federation, "freeze", joined, parameters=theta)
     run.transcript.membership(
         news.version, news.period, json.loads(news.encode())["clients"], directory=news.directory.digest().hex(),

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from datasets import Dataset
 from transformers.utils import logging as transformers_logging
 
 from appa_secure.agreement import Agreement
+from appa_secure.ceilings import share_of_gain
 from appa_secure.config import Config
 from appa_secure.data import Question
 from appa_secure.errors import PrivacyError
@@ -31,6 +33,7 @@ from appa_secure.privacy.statement import markdown, statement
 from appa_secure.progress import Progress
 from appa_secure.records import STATEMENT_JSON, STATEMENT_MD, Journal, RunDir, environment
 from appa_secure.tasks import completion_length, parse, prompt, random_answer
+from coordinator import tabular
 from coordinator.evaluate import Evaluator, Truth
 from coordinator.policies import build_policy, lora_config, warm_up
 from coordinator.ppo import PPOTrainer, latest_checkpoint, make_config
@@ -99,11 +102,15 @@ class Pipeline:
         return {}
 
     def _context(self) -> dict[str, Any]:
+        if self.agreement.true_rewards:
+            return {}  # no predictor, so nothing to describe a group to
         for client, reply in ask(self.federation, "context").items():
             record_ledger(self.run_dir.ledger, client, reply.body["ledger"])
         return {}
 
     def _predictor(self) -> dict[str, Any]:
+        if self.agreement.true_rewards:
+            return {}
         total = self.agreement.plan.rounds
         known = {row.get("round") for row in self.run_dir.metrics}
 
@@ -145,6 +152,10 @@ class Pipeline:
     def _warmup(self) -> dict[str, Any]:
         c, task = self.config, self.agreement.task
         known = [self.agreement.questions[q] for q in (*self.agreement.plan.context, *self.train)]
+        folder = self.run_dir.path("policy") / "warm"
+        if self.tabular:
+            tabular.save(tabular.new_policy(self.agreement), folder, 0)
+            return {}
         questions = known + _recombined(known, c.seed)
         prompts = [prompt(q, task, c.task.style) for q in self.agreement.questions.values()]
         texts = [*prompts, *(random_answer(task, k, np.random.default_rng(k)) for k in range(2, 11))]
@@ -158,7 +169,6 @@ class Pipeline:
             valid=lambda text, i: parse(text, questions[i], task) is not None, max_new_tokens=limit,
             progress=lambda step, loss: self.progress.step("warm-up", step, c.policy.warmup_steps, loss=loss),
         )  # fmt: skip
-        folder = self.run_dir.path("policy") / "warm"
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -166,30 +176,25 @@ class Pipeline:
 
     def _align(self) -> dict[str, Any]:
         c, agreement, run = self.config, self.agreement, self.run_dir
-        model, tokenizer = _load(run.path("policy") / "warm")
-        task = agreement.task
-        dataset = Dataset.from_list(
-            [{"prompt": prompt(agreement.questions[q], task, c.task.style), "qid": q} for q in self.train]
-        )
         checkpoints = run.path("policy") / "checkpoints"
         newest = latest_checkpoint(checkpoints)
         updates = c.ppo.epochs * (c.ppo.prompts_per_step * c.ppo.generations // c.ppo.minibatch_size)
         at = 0 if newest is None else int(newest.name.split("-")[1]) // updates
+        if self.tabular:
+            at = tabular.load(agreement, checkpoints)[1]
         if run.metrics.truncate_after(at) or at:
             run.transcript.resume("align", at)
         journal = Journal(run.path("rewards.jsonl"))
         reward = FederatedReward(
             agreement, self.rounds, journal, c.task.format_penalty, self._seen(), stamp=self._trained
         )
-        trainer = PPOTrainer(
-            model=model,
-            reward_funcs=[reward],
-            args=make_config(c.ppo, checkpoints, c.seed, self._new_tokens()),
-            train_dataset=dataset,
-            processing_class=tokenizer,
-            peft_config=lora_config(c.policy),
-            on_step=lambda metrics: self._record_step(metrics, reward),
-        )
+        trainer: PPOTrainer | tabular.TabularTrainer
+        if self.tabular:
+            trainer = tabular.TabularTrainer(
+                c, agreement, reward, checkpoints, lambda metrics: self._record_step(metrics, reward)
+            )
+        else:
+            trainer = self._ppo(reward, checkpoints)
         stopped = None
         try:
             trainer.train(resume_from_checkpoint=newest)
@@ -204,6 +209,23 @@ class Pipeline:
         trainer.save_policy(run.path("policy"))
         self._stamp_folder("policy")
         return {"stopped": stopped}
+
+    def _ppo(self, reward: FederatedReward, checkpoints: Path) -> PPOTrainer:
+        c, agreement = self.config, self.agreement
+        model, tokenizer = _load(self.run_dir.path("policy") / "warm")
+        asked = ((q, agreement.questions[q]) for q in self.train)
+        dataset = Dataset.from_list(
+            [{"prompt": prompt(question, agreement.task, c.task.style), "qid": q} for q, question in asked]
+        )
+        return PPOTrainer(
+            model=model,
+            reward_funcs=[reward],
+            args=make_config(c.ppo, checkpoints, c.seed, self._new_tokens()),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=lora_config(c.policy),
+            on_step=lambda metrics: self._record_step(metrics, reward),
+        )
 
     def _seen(self) -> Callable[..., None] | None:
         """What is measured at each step against the truth; nothing where truth is not to be had."""
@@ -253,6 +275,17 @@ class Pipeline:
         if not self.config.evaluation.truth:
             return {}
         evaluator, c = self._measuring(), self.config
+        if self.tabular:
+            table, _ = tabular.load(self.agreement, self.run_dir.path(folder))
+            spread = tabular.final_spread(c)
+            return {
+                name: evaluator.policy(
+                    lambda _, samples, qids=qids: tabular.measured(table, qids, samples, c.seed, spread),  # type: ignore[misc]
+                    qids,
+                    c.evaluation.samples,
+                )
+                for name, qids in self._measured()
+            }
         model, tokenizer = _load(
             self.run_dir.path("policy") / "warm", self.run_dir.path(folder), c.policy.lora is not None
         )
@@ -265,6 +298,11 @@ class Pipeline:
         }
 
     # -- helpers ---------------------------------------------------------------------------------------------------
+
+    @property
+    def tabular(self) -> bool:
+        """Whether the policy is a table of answers instead of a language model."""
+        return self.config.policy.kind == "tabular"
 
     def _measured(self) -> tuple[tuple[str, Sequence[str]], ...]:
         return ("train", self.train), ("heldout", self.heldout)
@@ -296,12 +334,13 @@ class Pipeline:
     def _summary(self) -> dict[str, Any]:
         c, run, agreement = self.config, self.run_dir, self.agreement
         stages = {name: run.stage_done(name) or {} for name in _STAGES}
-        alignment = ceilings = closed = None
+        alignment = ceilings = closed = gained = None
         if c.evaluation.truth and c.until == "align":
             names = ("train", "heldout")
             alignment = {s: {"before": stages["before"][s], "after": stages["after"][s]} for s in names}
             ceilings = {s: self._measuring().ceilings(q) for s, q in self._measured()}
             closed = {s: _gap_closed(alignment[s], ceilings[s]) for s in names}
+            gained = {s: _gained(alignment[s]["after"]["min"], ceilings[s]) for s in names}
         rows = list(run.ledger)
         private = statement(c, rows, agreement.plan.noise_multiplier, self.nominal)
         output = self._output()
@@ -323,6 +362,7 @@ class Pipeline:
             "alignment": alignment,
             "ceiling": {"avg": None, "min": None} if ceilings is None else {**(ceilings["train"] or {}), **ceilings},
             "gap_closed": closed,
+            "share_of_gain": gained,
             "predictor": stages["predictor"].get("alignment"),
             "privacy": {
                 "enabled": c.privacy.enabled, "unit": c.privacy.unit, "delta": c.privacy.delta,
@@ -401,6 +441,10 @@ def _gap_closed(alignment: dict[str, Any], ceilings: dict[str, Any] | None) -> d
         before, after = alignment["before"][name], alignment["after"][name]
         out[name] = None if top is None or top <= before else (after - before) / (top - before)
     return out
+
+
+def _gained(value: float, ceilings: dict[str, Any] | None) -> float | None:
+    return None if ceilings is None else share_of_gain(value, ceilings["min_at_avg"], ceilings["min"])
 
 
 def _load(base: Any, folder: Any = None, lora: bool = False) -> tuple[Any, Any]:

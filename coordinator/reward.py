@@ -44,6 +44,7 @@ class _Alignment:
     """What the coordinator remembers between steps: all of it comes from opened sums."""
 
     opened: int = 0  # number of the last opened step
+    steps: int = 0  # how many were opened in this period
     z: float | None = None
     histories: tuple[float, ...] | None = None  # cohort mode only: one per group
 
@@ -97,7 +98,7 @@ class FederatedReward:
         """Rewards (B,) of step number `step` (from 1); None where the step was discarded."""
         asked = hashlib.sha256(canonical_json([step, list(qids), list(texts)])).hexdigest()
         answers = [
-            parse(t, self.agreement.questions[q], self.agreement.task)
+            parse(t, self.agreement.questions[q], self.agreement.task, self.agreement.max_weight)
             for q, t in zip(qids, texts, strict=True)
         ]
         row = self.rows.get(step)
@@ -192,14 +193,16 @@ class FederatedReward:
     def _before(self, step: int) -> _Alignment:
         """The state that the steps before `step` left; malformed or discarded steps leave it as it was, and histories
         begin again with every period."""
-        for number in range(step - 1, 0, -1):
-            row = self.rows.get(number)
-            if row is not None and row["period"] != self.agreement.period:
-                break
-            if row is not None and row["opened"]:
-                histories = None if row["histories"] is None else tuple(row["histories"])
-                return _Alignment(number, row["result"]["z_next"], histories)
-        return _Alignment()
+        found = [
+            row
+            for number, row in self.rows.items()
+            if number < step and row["opened"] and row["period"] == self.agreement.period
+        ]
+        if not found:
+            return _Alignment()
+        last = max(found, key=lambda row: row["step"])
+        histories = None if last["histories"] is None else tuple(last["histories"])
+        return _Alignment(last["step"], len(found), last["result"]["z_next"], histories)
 
     def _blind(self, payload: Mapping[str, Any]) -> tuple[StepResult, None, None] | NotOpened:
         a, batch = self.agreement, len(payload["questions"])
@@ -228,5 +231,7 @@ class FederatedReward:
             self._record(summed)
             means.append(np.clip(summed.sum / len(summed.contributors), 0.0, 1.0))
         previous = None if before.histories is None else np.array(before.histories)
-        result, after, alpha = combine_clear(a.aggregation, np.stack(means), previous, before.z)
+        result, after, alpha = combine_clear(
+            a.aggregation, np.stack(means), previous, before.z, step=before.steps + 1
+        )
         return result, after.tolist(), dict(zip(groups, alpha.tolist(), strict=True))

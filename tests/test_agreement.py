@@ -67,6 +67,7 @@ def test_every_agreed_field_changes_the_digest(agreement) -> None:
     specs = [AggregationSpec(kind="min"), AggregationSpec(variant="paper"), AggregationSpec(decay=0.5)]
     changed += [replace(agreement, aggregation=spec) for spec in specs]
     changed.append(replace(agreement, predictor=replace(SHAPE, ff=9)))
+    changed += [replace(agreement, max_weight=100), replace(agreement, true_rewards=True)]
     for options in (("option 0", "else"), ("option 1", "option 0")):
         question = Question("q0", "Question 0?", options, (0, 1))
         changed.append(replace(agreement, questions={**agreement.questions, "q0": question}))
@@ -80,11 +81,14 @@ def test_every_agreed_field_changes_the_digest(agreement) -> None:
 def test_what_is_each_sites_own_is_not_agreed(agreement) -> None:
     assert replace(agreement, truth=True).digest() == agreement.digest()
     assert replace(agreement, secure_rng=True).digest() == agreement.digest()
-    agreed = {f.name for f in fields(agreement)} - {"truth", "secure_rng"}
+    assert (
+        replace(agreement, version=2, period=1).digest() == agreement.digest()
+    )  # the founding one is agreed
+    agreed = {f.name for f in fields(agreement)} - {"truth", "secure_rng", "version", "period"}
     assert agreed == {
         "plan", "budget", "context_noise", "questions", "reward", "aggregation", "predictor", "groups",
         "directory", "mode", "release", "threshold", "min_cohort", "ring_bits", "rounds_per_epoch",
-        "embedder", "output",
+        "embedder", "output", "max_weight", "true_rewards",
     }  # fmt: skip
 
 

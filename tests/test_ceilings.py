@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appa_secure.ceilings import _maximin, ceiling, group_distributions
+from appa_secure.ceilings import _maximin, ceiling, frontier, group_distributions, share_of_gain
 from appa_secure.ceilings.answers import Answers
 from appa_secure.data import GroupData, Question, Survey, load
 from appa_secure.errors import DataError
@@ -84,6 +84,44 @@ def test_the_linear_program_and_column_generation_agree(seed):
     columns = _maximin(Answers("wasserstein", questions, truth))
     assert program["upper"] == pytest.approx(columns["upper"], abs=2e-6)
     assert program["min"] == pytest.approx(program["upper"], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["wasserstein", "js", "choice"])
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 2**32))
+def test_the_frontier_runs_from_the_best_average_to_the_best_worst_group(kind, seed):
+    questions, truth = game(seed, [2, 3], 4)
+    dials = (0.0, 0.3, 0.8, 1.0)
+    points = frontier(kind, questions, truth, dials)
+    ends = ceiling(kind, questions, truth)
+    assert points[0]["avg"] == pytest.approx(ends["avg"]["avg"], abs=1e-5)
+    assert points[-1]["min"] == pytest.approx(ends["min"]["min"], abs=1e-5)
+    candidates = simplex if kind != "choice" else (lambda count, _: np.eye(count))
+    tables = [rewards(kind, q, truth[q.qid], candidates(len(q.options), 12)) for q in questions]
+    pairs = 0.5 * (tables[0][:, :, None] + tables[1][:, None, :])  # (G, N0, N1)
+    for point in points:
+        d = point["dial"]
+        reached = (1 - d) * point["avg"] + d * point["min"]
+        assert point["upper"] == pytest.approx(reached, abs=1e-5)
+        assert ((1 - d) * pairs.mean(axis=0) + d * pairs.min(axis=0)).max() <= point["upper"] + 1e-7
+    averages, worst = [p["avg"] for p in points], [p["min"] for p in points]
+    assert all(a >= b - 1e-5 for a, b in itertools.pairwise(averages))
+    assert all(a <= b + 1e-5 for a, b in itertools.pairwise(worst))
+
+
+def test_bad_dials_are_refused():
+    questions, truth = game(1, [2], 2)
+    with pytest.raises(DataError, match="dials"):
+        frontier("js", questions, truth, [1.5])
+    with pytest.raises(DataError, match="question"):
+        frontier("js", [], {})
+
+
+def test_share_of_gain_is_one_at_the_best_worst_group_and_unknown_where_there_is_nothing_to_gain():
+    assert share_of_gain(0.9108, 0.8977, 0.9108) == pytest.approx(1)
+    assert share_of_gain(0.8977, 0.8977, 0.9108) == pytest.approx(0)
+    assert share_of_gain(0.8977, 0.9, 0.9) is None
+    assert share_of_gain(0.9, None, 0.91) is None
 
 
 @pytest.mark.parametrize("kind", LISTED)
@@ -205,6 +243,14 @@ def test_wasserstein_on_the_dense_benchmark(dense):
     weights = dict(zip((group.name for group in survey.groups), result["min"]["weights"], strict=True))
     assert weights["Democrat"] == pytest.approx(0.48, abs=0.04)
     assert weights["Republican"] == pytest.approx(0.51, abs=0.04)
+
+
+def test_the_frontier_of_the_dense_benchmark_costs_the_average_little(dense):
+    survey, truth = dense
+    points = frontier("wasserstein", survey.questions, truth, (0.9, 1.0))
+    assert [(p["avg"], p["min"]) for p in points] == [
+        pytest.approx((0.9481, 0.9107), abs=1e-3), pytest.approx((0.9478, 0.9108), abs=1e-3),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "wasserstein"])

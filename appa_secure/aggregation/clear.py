@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
-from appa_secure.aggregation.history import next_history, raw_weight, weight
-from appa_secure.aggregation.spec import (
-    AggregationSpec,
-    Branch,
-    Floats,
-    StepResult,
-    check_rewards,
-    jain_to_index,
-)
+from appa_secure.aggregation.blind import declared, outcome, own_history, own_weight
+from appa_secure.aggregation.history import weight
+from appa_secure.aggregation.rules import Own, Sums
+from appa_secure.aggregation.spec import AggregationSpec, Floats, StepResult, check_rewards, jain_to_index
 
 
 def combine_clear(
@@ -23,6 +19,7 @@ def combine_clear(
     h_prev: Floats | None,
     z_prev: float | None = None,
     roster: int | None = None,
+    step: int = 1,
 ) -> tuple[StepResult, Floats, Floats]:
     """One step of the rule from per-group rewards.
 
@@ -37,9 +34,11 @@ def combine_clear(
         h_prev: (G,) their histories before the step, NaN where a group has none yet; None: nobody has.
         z_prev: the previous step's `z_next`, or None.
         roster: number of groups including absent ones; default G.
+        step: number of the step since histories began, from 1; only `maximin` depends on it.
 
     Returns:
-        The result; the histories after the step (G,); the weights α used (G,): `weighted` normalised, `paper` as used.
+        The result; the histories after the step (G,); the weights (G,): `paper` as used, else normalised to sum to 1
+        (of `maximin` with its dial, (1-dial)/G + dial·w/Σw).
 
     Raises:
         ValueError: wrong shapes, or values out of range.
@@ -54,59 +53,32 @@ def combine_clear(
         raise ValueError(f"h_prev must have shape ({count},) like the rewards' groups, got {before.shape}")
     if roster is not None and roster < count:
         raise ValueError(f"roster={roster} is smaller than the {count} groups that take part")
-    temperature = spec.temperature
     known = [None if np.isnan(h) else float(h) for h in before]
-    terms = [math.exp(-h / temperature) for h in known if h is not None]
-    z = z_prev if z_prev is not None else (sum(terms) if terms else None)
-    size = count if roster is None else roster
-    means = r.mean(axis=1)  # (G,)
+    means = r.mean(axis=1).tolist()  # (G,)
     if spec.variant == "weighted":
-        first = z_prev is None and not terms
-        raw = [raw_weight(h, float(m), first, temperature) for h, m in zip(known, means, strict=True)]
-        alpha = np.array(raw)  # (G,)
+        first = z_prev is None and known.count(None) == count
+        alpha = np.array(
+            [own_weight(spec, h, m, first, step) for h, m in zip(known, means, strict=True)]
+        )  # (G,)
     else:
-        alpha = np.array([weight(h, z, size, temperature) for h in known])  # (G,)
-    after = np.array(
-        [
-            next_history(spec.h0 if h is None else h, float(mean), spec.decay)
-            for h, mean in zip(known, means, strict=True)
-        ]
-    )
+        terms = [math.exp(-h / spec.temperature) for h in known if h is not None]
+        z = z_prev if z_prev is not None else (sum(terms) if terms else None)
+        size = count if roster is None else roster
+        alpha = np.array([weight(h, z, size, spec.temperature) for h in known])  # (G,)
+    after = np.array([own_history(spec, h, m, step) for h, m in zip(known, means, strict=True)])
 
-    jain = _jain(r) if spec.fi_scope == "question" else _jain(means[:, None])
-    fi = float(jain_to_index(jain, spec.fi).mean())
-    rewards, branch = _rewards(spec, r, alpha, fi)
-    appa = spec.kind == "appa"
-    z_next = float(np.exp(-after / temperature).sum())
-    result = StepResult(
-        rewards=np.clip(rewards, 0.0, 1.0),
-        fi=fi,
-        branch=branch,
-        z_next=z_next if appa else None,
-        h_mean=float(after.mean()),
-        h_jain=float(_jain(after[:, None])[0]),
-        soft_min=-temperature * math.log(z_next / count) if appa else None,
-        alpha_sum=float(alpha.sum()) if appa else None,
-    )
-    return result, after, alpha / alpha.sum() if spec.variant == "weighted" else alpha
-
-
-def _rewards(spec: AggregationSpec, r: Floats, alpha: Floats, fi: float) -> tuple[Floats, Branch]:
-    mean: Floats = r.mean(axis=0)
-    if spec.kind == "min":
-        return r.min(axis=0), "min"
-    if spec.kind == "max":
-        return r.max(axis=0), "max"
-    if spec.kind == "average" or fi >= spec.tau:
-        return mean, "mean"
+    groups = [Own(row, float(w), float(h)) for row, w, h in zip(r, alpha, after, strict=True)]
+    parts = {s.name: np.sum([np.atleast_1d(s.term(g)) for g in groups], axis=0) for s in declared(spec)}
+    jain = _jain(r) if spec.fi_scope == "question" else _jain(r.mean(axis=1)[:, None])
+    sums = Sums(parts, count, float(jain_to_index(jain, spec.fi).mean()))
+    result = replace(outcome(spec, sums), h_jain=float(_jain(after[:, None])[0]))
+    exact = spec.rule.exact
+    if exact is not None:
+        result = replace(result, rewards=exact(r), branch=spec.kind)
     if spec.variant == "paper":
-        if abs(alpha.sum() - 1.0) > spec.alpha_tolerance:
-            return mean, "mean"
-        return np.log(np.exp(alpha[:, None] * r).mean(axis=0)), "lse"
-    share = (alpha / alpha.sum())[:, None]  # (G, 1)
-    if spec.a == 0.0:
-        return (share * r).sum(axis=0), "lse"
-    return np.log1p((share * np.expm1(spec.a * r)).sum(axis=0)) / spec.a, "lse"
+        return result, after, alpha
+    share = alpha / alpha.sum()
+    return result, after, (1.0 - spec.dial) / count + spec.dial * share if spec.kind == "maximin" else share
 
 
 def _jain(values: Floats) -> Floats:

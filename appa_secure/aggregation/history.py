@@ -1,4 +1,4 @@
-"""A group's alignment history and the weight it gives: the parts of APPA that never leave a group."""
+"""A group's alignment history and the weight it gives: the parts of a rule that never leave a group."""
 
 from __future__ import annotations
 
@@ -21,8 +21,24 @@ def next_history(h: float | None, r_mean: float, decay: float) -> float:
     return decay * h + (1.0 - decay) * r_mean
 
 
-def raw_weight(h: float | None, r_mean: float, first: bool, temperature: float) -> float:
-    """Weight of a group before normalisation, exp(-h/T) in (0, 1]: what `weighted` needs of a group.
+def averaging_decay(step: int) -> float:
+    """λ of step 1, 2, ... that makes the history the average of all mean rewards, later ones weighing more: 1 - 2/(t+1).
+
+    The step size of Frank and Wolfe (Jaggi 2013, "Revisiting Frank-Wolfe"): h_t = Σ_s 2s·r_s / (t(t+1)).
+    """
+    _check_step(step)
+    return (step - 1) / (step + 1)
+
+
+def raw_weight(
+    h: float | None,
+    r_mean: float,
+    first: bool,
+    temperature: float,
+    band: tuple[float, float] = (0.0, 1.0),
+    gain: float = 1.0,
+) -> float:
+    """Weight of a group before normalisation, exp(-gain·(h - lo)/T) in (0, 1] with h clipped to the band (lo, hi).
 
     1 for everyone on the first step of all (`first`), so that weights are uniform. A group without history on a later
     step takes its mean reward of this step for one. Normalising is left to the sum of these weights, so no value from
@@ -32,7 +48,14 @@ def raw_weight(h: float | None, r_mean: float, first: bool, temperature: float) 
         return 1.0
     h = r_mean if h is None else h
     _check_history(h)
-    return math.exp(-h / temperature)
+    lo, hi = band
+    return math.exp(-gain * (min(max(h, lo), hi) - lo) / temperature)
+
+
+def ramped(step: int, ramp: int) -> float:
+    """Share of the full exponent at step 1, 2, ...: 0 at the first, 1 from step `ramp` + 1 on."""
+    _check_step(step)
+    return min(1.0, (step - 1) / ramp)
 
 
 def weight(h: float | None, z: float | None, groups: int, temperature: float) -> float:
@@ -64,3 +87,8 @@ def weight(h: float | None, z: float | None, groups: int, temperature: float) ->
 def _check_history(h: float) -> None:
     if not 0.0 <= h <= 1.0:
         raise ValueError(f"history must lie in [0, 1], got {h}")
+
+
+def _check_step(step: int) -> None:
+    if step < 1:
+        raise ValueError(f"steps are counted from 1, got {step}")

@@ -9,17 +9,20 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from appa_secure.aggregation.rules import Rule, find_rule
+
 Floats = NDArray[np.float64]
 
-Kind = Literal["average", "min", "max", "appa"]
 Variant = Literal["weighted", "paper"]
 FairnessForm = Literal["cov2", "cov"]
 FairnessScope = Literal["question", "batch"]
-Branch = Literal["mean", "lse", "min", "max"]
 
 MAX_A = 16.0
 MAX_SHARPNESS = 32.0
-MIN_TEMPERATURE = 0.05
+MAX_LOG_CONTRAST = (
+    30.0  # of weights in a secure sum: leaves 7 of float64's 53 bits to the lightest of 8 groups
+)
+_UNDERFLOW = 600.0  # below exp(-600) float64 has nothing left either
 
 
 @dataclass(frozen=True)
@@ -27,16 +30,24 @@ class AggregationSpec:
     """One aggregation rule. Values are checked here, once.
 
     Attributes:
-        kind: `average`; `min` and `max` over groups; `appa`, the adaptive rule of arXiv 2604.04261.
+        kind: name of a rule of `rules.BUILT_IN` (`average`; `min` and `max` over groups; `lse`, Park et al.
+            2405.00254; `appa`, the adaptive rule of arXiv 2604.04261; `maximin`, this project's own), or
+            `module:name` of a `Rule` of the user's.
         variant: of `appa`, above `tau` both give the mean; below it, with history weights α (sum 1),
             `weighted`: R = (1/a)·log Σ_g α_g·exp(a·r_g), which stays within [min r, max r];
             `paper`: R = log((1/G)·Σ_g exp(α_g·r_g)), the published formula, which is about Σ α_g·r_g / G and
             so drops by a factor of about G when the fairness index crosses `tau`.
         tau: fairness index from which on `appa` takes the plain mean, in [0, 1] (0.99; 0.9 in the
             predecessor).
-        temperature: T of α_g ∝ exp(-h_g / T). At least 0.05: below, exp(-h/T) is lost in fixed point.
-        decay: λ of the history h ← λ·h + (1-λ)·mean reward, in [0, 1).
-        a: exponent of `weighted`, -16..16; 0 is the limit Σ α_g·r_g.
+        temperature: T > 0 of w_g ∝ exp(-h_g / T).
+        band: (lo, hi) within [0, 1]; a history outside counts as the nearer end when it makes a weight. So
+            exp((hi-lo)/T) is a public cap on the contrast of weights; in a secure sum at most e^30, or exp(-h/T)
+            is lost in fixed point. It is a constant of the agreement: a band that the coordinator moved would single
+            groups out (docs/decisions/0009, 0021). `paper` has none.
+        decay: λ of the history h ← λ·h + (1-λ)·mean reward, in [0, 1); not used by `maximin`.
+        dial: of `maximin`, 0 (average) to 1 (worst group): the objective (1-dial)·mean h + dial·min h.
+        ramp: of `maximin`, steps over which the weights' exponent grows from 0 to 1/T.
+        a: exponent of `weighted` and `lse`, -16..16; 0 is the limit Σ α_g·r_g, the mean for `lse`.
         fi: fairness index from the coefficient of variation, `cov2`: 1/(1+CoV²) (Jain), or `cov`: 1/(1+CoV).
         fi_scope: `question`: index of each rollout's G rewards, averaged over rollouts; `batch`: one index,
             of the groups' mean rewards over the batch, which needs one sum instead of B.
@@ -48,11 +59,14 @@ class AggregationSpec:
         h0: history before the first step, or None: the first step's mean reward becomes the first history.
     """
 
-    kind: Kind = "appa"
+    kind: str = "appa"
     variant: Variant = "weighted"
     tau: float = 0.99
     temperature: float = 0.1
+    band: tuple[float, float] = (0.0, 1.0)
     decay: float = 0.8
+    dial: float = 0.9
+    ramp: int = 200
     a: float = 1.0
     fi: FairnessForm = "cov2"
     fi_scope: FairnessScope = "question"
@@ -60,16 +74,33 @@ class AggregationSpec:
     alpha_tolerance: float = 1e-6
     h0: float | None = None
 
+    @property
+    def rule(self) -> Rule:
+        """The rule that `kind` names."""
+        return find_rule(self.kind)
+
+    @property
+    def contrast(self) -> float:
+        """Logarithm of the largest ratio of two groups' weights, (hi-lo)/T."""
+        return (self.band[1] - self.band[0]) / self.temperature
+
     def __post_init__(self) -> None:
-        choices = (("kind", Kind), ("variant", Variant), ("fi", FairnessForm), ("fi_scope", FairnessScope))
+        find_rule(self.kind)
+        choices = (("variant", Variant), ("fi", FairnessForm), ("fi_scope", FairnessScope))
         for name, allowed in choices:
             value, known = getattr(self, name), get_args(allowed)
             if value not in known:
                 raise ValueError(f"aggregation.{name}={value!r} is unknown; choose one of {', '.join(known)}")
         self._check("tau", self.tau, 0.0 <= self.tau <= 1.0, "in [0, 1]")
-        self._check(
-            "temperature", self.temperature, self.temperature >= MIN_TEMPERATURE, f">= {MIN_TEMPERATURE}"
-        )
+        lo, hi = self.band
+        if not 0.0 <= lo < hi <= 1.0:
+            raise ValueError(f"aggregation.band must be two numbers 0 <= lo < hi <= 1, got {self.band}")
+        least = (hi - lo) / _UNDERFLOW
+        self._check("temperature", self.temperature, self.temperature >= least, f">= {least:.4g}")
+        if self.variant == "paper" and self.band != (0.0, 1.0):
+            raise ValueError("aggregation.band acts on sums of weights, which variant=paper does not have")
+        self._check("dial", self.dial, 0.0 <= self.dial <= 1.0, "in [0, 1]")
+        self._check("ramp", self.ramp, self.ramp >= 1, "at least 1")
         self._check("decay", self.decay, 0.0 <= self.decay < 1.0, "in [0, 1)")
         self._check("a", self.a, abs(self.a) <= MAX_A, f"in [-{MAX_A}, {MAX_A}]")
         self._check(
@@ -92,19 +123,20 @@ class StepResult:
     Attributes:
         rewards: (B,) reward of each rollout, in [0, 1].
         fi: fairness index of the step, in (0, 1].
-        branch: how `rewards` came about: `mean`, `lse` (log-sum-exp, also the smooth blind min and max), or
-            the exact `min`, `max` of the clear form.
-        z_next: Σ_g exp(-h_g/T) after the step (`appa`); the next step's normaliser of `paper`.
+        branch: how `rewards` came about: `mean`, `lse` (log-sum-exp, also the smooth blind min and max),
+            `weighted` (`maximin`), the exact `min`, `max` of the clear form, or what a user's rule calls it.
+        z_next: Σ_g exp(-h_g/T) after the step (`appa`; `weighted`: of h within the band, less lo); the next
+            step's normaliser of `paper`.
         h_mean: mean history over the groups that took part.
         h_jain: Jain's index of the histories, in (0, 1].
         soft_min: -T·log(z_next/G), a smooth minimum of the histories: min h ≤ soft_min ≤ mean h (`appa`).
-        alpha_sum: A, the sum of the weights as sent, over the groups that took part (`appa`). `paper`: Σα, 1 up to
-            rounding unless the roster changed; `weighted`: Σ exp(-h/T) before the step, G on the first.
+        alpha_sum: A, the sum of the weights as sent, over the groups that took part (`appa`, `maximin`). `paper`: Σα,
+            1 up to rounding unless the roster changed; else Σ exp(-h/T) before the step, G on the first.
     """
 
     rewards: Floats
     fi: float
-    branch: Branch
+    branch: str
     z_next: float | None
     h_mean: float
     h_jain: float

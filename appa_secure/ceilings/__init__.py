@@ -35,7 +35,7 @@ from appa_secure.rewards import task_of
 if TYPE_CHECKING:
     from appa_secure.data.survey import Question, Survey
 
-__all__ = ["ceiling", "group_distributions"]
+__all__ = ["ceiling", "frontier", "group_distributions", "share_of_gain"]
 
 MAX_RANKED = 6  # 720 rankings of a question's options; beyond, ceilings of rankings are not computed
 _MAX_COLUMNS = 300
@@ -95,6 +95,52 @@ def ceiling(
     return result
 
 
+def frontier(
+    kind: str,
+    questions: Sequence[Question],
+    distributions: Mapping[str, ArrayLike],
+    dials: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0),
+) -> list[dict[str, Any]] | None:
+    """The attainable frontier between Avg AS and Min AS: the best (1-dial)·Avg + dial·Min for each dial.
+
+    The attainable pairs are convex, so these are supporting points and no policy lies beyond the polygon of their
+    tangents. Exact for Wasserstein by a linear programme; for the others certified to `TOLERANCE` by column
+    generation, as in `ceiling`, over the groups' payoffs (1-dial)·mean + dial·AS_g.
+
+    Returns:
+        For each dial an entry as of `ceiling`, with `dial`, and `upper` a proven bound on (1-dial)·Avg + dial·Min;
+        None for rankings of more than six options.
+    """
+    if not questions:
+        raise DataError("a frontier needs at least one question")
+    if any(not 0.0 <= dial <= 1.0 for dial in dials):
+        raise DataError(f"dials must lie in [0, 1], got {list(dials)}")
+    task = task_of(kind)
+    if task == "opa" and max(len(question.options) for question in questions) > MAX_RANKED:
+        return None
+    make = Answers if task == "dpa" else Table
+    game = make(kind, questions, distributions)
+    found = []
+    for dial in dials:
+        if dial == 0.0:
+            _, best, gap = game.respond(np.full(game.groups, 1.0 / game.groups))
+            entry = _entry(best, float(best.mean()) + gap)
+        else:
+            entry = _cdf_maximin(game, dial) if kind == "wasserstein" else _maximin(game, dial)  # type: ignore[arg-type]
+        found.append({"dial": dial, **entry})
+    return found
+
+
+def share_of_gain(value: float, average: float | None, best: float | None) -> float | None:
+    """How much of what a fair rule can gain for the worst group over the average objective was reached; None if nothing.
+
+    value: Min AS reached; average: Min AS at the best average; best: the best possible Min AS.
+    """
+    if average is None or best is None or best - average < TOLERANCE:
+        return None
+    return (value - average) / (best - average)
+
+
 def group_distributions(survey: Survey, qids: Sequence[str]) -> dict[str, Floats]:
     """The survey's true distributions for `ceiling`: question id -> (G, K), groups in survey order."""
     return {
@@ -108,9 +154,10 @@ def group_distributions(survey: Survey, qids: Sequence[str]) -> dict[str, Floats
     }
 
 
-def _maximin(game: Answers | Table) -> dict[str, Any]:
-    """max over (mixtures of) answers of min_g AS_g, by column generation to `TOLERANCE`."""
-    weights = np.full(game.groups, 1.0 / game.groups)
+def _maximin(game: Answers | Table, dial: float = 1.0) -> dict[str, Any]:
+    """max over (mixtures of) answers of (1-dial)·mean AS + dial·min_g AS_g, by column generation to `TOLERANCE`."""
+    equal = np.full(game.groups, 1.0 / game.groups)
+    weights = equal
     columns: list[Floats] = []  # AS (G,) of each answer found
     answers: list[Floats] = []
     upper, proof = np.inf, weights
@@ -121,7 +168,9 @@ def _maximin(game: Answers | Table) -> dict[str, Any]:
         bound = float(weights @ reached) + gap
         if bound < upper:
             upper, proof = bound, weights
-        mixture, lower, weights = matrix_game(np.array(columns))
+        payoffs = (1.0 - dial) * np.mean(columns, axis=1, keepdims=True) + dial * np.array(columns)
+        mixture, lower, weights = matrix_game(payoffs)
+        weights = (1.0 - dial) * equal + dial * weights
         if upper - lower < TOLERANCE:
             break
     per_group = mixture @ np.array(columns)
@@ -133,9 +182,10 @@ def _maximin(game: Answers | Table) -> dict[str, Any]:
     return _entry(per_group, upper) | {"weights": proof.tolist()}
 
 
-def _cdf_maximin(game: Answers) -> dict[str, Any]:
-    """max t, t ≤ AS_g for every group, over the answers' CDFs: an exact linear program."""
-    answers, value, weights = cdf_program(game, np.zeros(len(game.share), dtype=np.int64), game.share)
+def _cdf_maximin(game: Answers, dial: float = 1.0) -> dict[str, Any]:
+    """max (1-dial)·mean AS + dial·t, t ≤ AS_g for every group, over the answers' CDFs: an exact linear program."""
+    answers, value, weights = cdf_program(game, np.zeros(len(game.share), dtype=np.int64), game.share, dial)
+    weights = (1.0 - dial) / game.groups + dial * weights
     return _entry(game.alignment(answers), value) | {"weights": weights.tolist()}
 
 

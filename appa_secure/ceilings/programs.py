@@ -13,8 +13,11 @@ from appa_secure.ceilings.answers import Answers, Floats
 from appa_secure.errors import DataError
 
 
-def cdf_program(game: Answers, block: NDArray[np.int64], share: Floats) -> tuple[Floats, float, Floats]:
-    """Maximise the mean of t_b over blocks b of questions, t_b ≤ 1 - Σ_{q in b} share[q, g]·W1_qg for all g.
+def cdf_program(
+    game: Answers, block: NDArray[np.int64], share: Floats, dial: float = 1.0
+) -> tuple[Floats, float, Floats]:
+    """Maximise the mean of t_b over blocks b of questions, t_b ≤ 1 - Σ_{q in b} share[q, g]·W1_qg for all g; with
+    dial < 1 the objective (1-dial)·Avg AS + dial·that mean.
 
     Many answers reach the optimum; of these, the one with the largest Avg AS is returned, by a second
     program. Variables: F_v (a CDF at each inner option v of each question), u_vg = max(F_v - F_vg, 0), so
@@ -25,9 +28,10 @@ def cdf_program(game: Answers, block: NDArray[np.int64], share: Floats) -> tuple
         block: (Q,) block of each question: all 0 for the maximin over groups, 0..Q-1 for the minimum per
             question.
         share: (Q, G) weight of each question's distance in its block.
+        dial: in (0, 1].
 
     Returns:
-        Answers (Q, K), the objective's value, and the dual weights of the groups (G,), summing to 1.
+        Answers (Q, K), the objective's value, and the dual weights of the groups in the minimum (G,), summing to 1.
     """
     groups, blocks = game.groups, int(block.max()) + 1
     gaps = np.where(game.mask[:, 1:], np.diff(game.ordinals, axis=1), 0.0)
@@ -62,24 +66,28 @@ def cdf_program(game: Answers, block: NDArray[np.int64], share: Floats) -> tuple
     matrix = coo_array((values, (rows, columns)), shape=shape).tocsr()
     limits = np.concatenate([1.0 - fixed, known, np.zeros(len(pair))])
     unit = [(0.0, 1.0)] * first_t
+    overall = (
+        gaps[question, option][cut] * game.share[question[cut], group]
+    )  # Σ_g (1 - AS_g) has these weights
+    distance = np.concatenate(
+        [-np.bincount(cut, overall), 2.0 * overall]
+    )  # without the constant overall @ known
     first = _solve(
-        np.concatenate([np.zeros(first_t), np.full(blocks, -1.0 / blocks)]),
+        np.concatenate([(1.0 - dial) / groups * distance, np.full(blocks, -dial / blocks)]),
         matrix,
         limits,
         [*unit, *[(None, None)] * blocks],
     )
     prices = np.maximum(-first.ineqlin.marginals[: blocks * groups], 0.0).reshape(blocks, groups).sum(axis=0)
-    overall = (
-        gaps[question, option][cut] * game.share[question[cut], group]
-    )  # distances' weights in Σ_g (1 - AS_g)
-    cost = np.concatenate([-np.bincount(cut, overall), 2.0 * overall, np.zeros(blocks)])
+    cost = np.concatenate([distance, np.zeros(blocks)])
     reached = [(t - 1e-9, None) for t in first.x[first_t:]]
     solution = _solve(cost, matrix, limits, [*unit, *reached])
     cdf = np.zeros(game.mask.shape)
     cdf[question, option] = solution.x[:first_u]
     cdf[np.arange(len(cdf)), game.mask.sum(axis=1) - 1] = 1.0
     answers = np.where(game.mask, np.maximum(np.diff(cdf, axis=1, prepend=0.0), 0.0), 0.0)
-    return answers / answers.sum(axis=1, keepdims=True), -float(first.fun), prices / prices.sum()
+    value = (1.0 - dial) * (1.0 - float(overall @ known) / groups) - float(first.fun)
+    return answers / answers.sum(axis=1, keepdims=True), value, prices / prices.sum()
 
 
 def matrix_game(columns: Floats) -> tuple[Floats, float, Floats]:

@@ -20,7 +20,7 @@ COLUMNS = (
     ("heldout", "avg"), ("heldout", "min"), ("heldout", "fairness"),
 )  # fmt: skip
 HEADS = (
-    "run", "seed", "Avg", "Min", "FI", "held-out Avg", "held-out Min", "held-out FI", "gap closed", "ε",
+    "run", "seed", "Avg", "Min", "FI", "held-out Avg", "held-out Min", "held-out FI", "gap closed", "Min gain", "ε",
     "masking", "time", )  # fmt: skip
 
 
@@ -168,10 +168,18 @@ def cells(row: Row) -> list[str]:
         texts.append(f"{text} [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else text)
     closed = gap_closed(run, "train")
     texts.append("–" if closed is None else percent(closed))
+    texts.append(_gain([run]))
     texts.append(_epsilon(run))
     texts.append(str(run.secagg_mode or "–"))
     texts.append(duration(sum(run.seconds.values())) if run.seconds else "–")
     return texts
+
+
+def _gain(runs: Sequence[Run]) -> str:
+    """Share of what is attainable for the worst group beyond the average objective, on training questions; the mean."""
+    shares = [run.get("share_of_gain.train") for run in runs]
+    known = [float(share) for share in shares if isinstance(share, int | float)]
+    return percent(statistics.fmean(known)) if known else "–"
 
 
 def _epsilon(run: Run) -> str:
@@ -246,6 +254,7 @@ def _over_seeds(label: str, members: Sequence[Row]) -> list[str]:
         texts.append(_range(values, 4 if which == "fairness" else 3))
     closed = [value for run in runs if (value := gap_closed(run, "train")) is not None]
     texts.append(percent(statistics.fmean(closed)) if closed else "–")
+    texts.append(_gain(runs))
     texts.append(" / ".join(sorted({_epsilon(run) for run in runs})))
     texts.append(" / ".join(sorted({str(run.secagg_mode or "–") for run in runs})))
     totals = [sum(run.seconds.values()) for run in runs if run.seconds]

@@ -253,7 +253,7 @@ def test_what_is_estimated_of_a_victim_is_off_by_the_noise_at_least() -> None:
 # -- rewards from noisy sums ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["appa", "average"])
+@pytest.mark.parametrize("kind", ["appa", "average", "lse", "maximin"])
 @pytest.mark.parametrize("a", [-4.0, 0.0, 1.0])
 def test_whatever_the_noise_the_result_is_a_result(kind: str, a: float) -> None:
     """Rewards, fairness index and soft minimum stay in their ranges, for sums far out of theirs."""

@@ -133,10 +133,12 @@ def test_layouts_are_as_small_as_the_rule_allows():
     size = lambda **options: sum(entry[1] for entry in segments(AggregationSpec(**options), 64))  # noqa: E731
     assert size(kind="appa") == 3 * 64 + 4
     assert size(kind="appa", fi_scope="batch") == 2 * 64 + 5
+    assert size(kind="maximin") == 3 * 64 + 3
+    assert size(kind="lse") == 3 * 64 + 2
     assert size(kind="average") == 2 * 64 + 2
     assert size(kind="min", fi_scope="batch") == 2 * 64 + 3
     names = [name for name, *_ in segments(AggregationSpec(), 1)]
-    assert names == ["S1", "S2", "E", "Z", "H1", "H2", "A"]
+    assert names == ["S1", "S2", "E", "Z", "A", "H1", "H2"]
 
 
 def test_a_dropout_renormalises_weighted_and_sends_paper_to_the_mean():
@@ -189,7 +191,7 @@ def test_impossible_sums_are_named():
         (1, -0.1, "S1"),
         (3, np.nan, "S2"),
         (6, 0.0, "Z"),
-        (9, 5.2, "A"),
+        (7, 5.2, "A"),
     ]:
         wrong = sums.copy()
         wrong[at] = value

@@ -10,8 +10,9 @@ from appa_secure.aggregation import AggregationSpec
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("kind", "median"), ("variant", "verbatim"), ("fi", "gini"), ("fi_scope", "step"),
-        ("tau", 1.01), ("tau", -0.1), ("tau", math.nan), ("temperature", 0.04), ("temperature", math.inf),
+        ("kind", "median"), ("kind", "no_such_module:rule"), ("kind", "math:pi"), ("kind", ":"), ("band", (0.5, 0.5)),
+        ("band", (-0.1, 1.0)), ("dial", 1.1), ("ramp", 0), ("variant", "verbatim"), ("fi", "gini"), ("fi_scope", "step"),
+        ("tau", 1.01), ("tau", -0.1), ("tau", math.nan), ("temperature", 0.001), ("temperature", math.inf),
         ("decay", 1.0), ("decay", -0.1), ("a", 16.5), ("a", -17.0), ("sharpness", 0.0), ("sharpness", 33.0),
         ("alpha_tolerance", 0.0), ("h0", 1.5),
     ],

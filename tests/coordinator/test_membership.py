@@ -20,7 +20,7 @@ from appa_secure.records import RunDir, verify
 from appa_secure.tasks import parse
 from coordinator.reward import FederatedReward
 from tests.clients.operators import Operators, newcomer
-from tests.clients.world import World
+from tests.clients.world import World, make_world
 from tests.coordinator.test_reward import federated, ready, rollouts
 
 GROUPS = tuple(f"g{i}" for i in range(7))
@@ -52,10 +52,11 @@ class Oracle:
         self.history: np.ndarray | None = None
         self.z: float | None = None
         self.seen: dict[tuple[str, bytes], int] = {}
-        self.period = 0
+        self.period = self.steps = 0
 
     def parties(self, *names: str) -> None:
         self.members, self.history, self.z, self.period = names, None, None, self.period + 1
+        self.steps = 0
 
     def step(self, qids: Sequence[str], texts: Sequence[str]) -> list[float | None]:
         answers = [
@@ -68,8 +69,9 @@ class Oracle:
             return out
         asked = [qids[i] for i in new], [answers[i] for i in new]
         rewards = np.stack([self.world.members[c]._targets().score(*asked) for c in self.members])
+        self.steps += 1
         result, self.history, _ = combine_clear(
-            self.world.agreement.aggregation, rewards, self.history, self.z
+            self.world.agreement.aggregation, rewards, self.history, self.z, step=self.steps
         )
         self.z = result.z_next
         for i, value in zip(new, result.rewards.tolist(), strict=True):
@@ -87,7 +89,13 @@ def ledgers(world: World) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize(
-    "spec", [AggregationSpec(tau=1.0), AggregationSpec(variant="paper", tau=1.0)], ids=["weighted", "paper"]
+    "spec",
+    [
+        AggregationSpec(tau=1.0),
+        AggregationSpec(variant="paper", tau=1.0),
+        AggregationSpec(kind="maximin", ramp=2, band=(0.3, 0.9)),
+    ],
+    ids=["weighted", "paper", "maximin"],
 )
 def test_leave_return_with_a_new_key_and_join(tmp_path: Path, spec: AggregationSpec) -> None:
     world, run = begin(tmp_path, spec=spec)
@@ -250,6 +258,21 @@ def test_a_newcomer_that_does_not_answer_changes_nothing(tmp_path: Path) -> None
         assert not [row for row in run.transcript if row["event"] == "membership"]
         world.offline.clear()
         assert None not in reward.step(1, *rollouts(world, 1))
+
+
+def test_in_a_simulation_with_true_answers_there_is_no_predictor_to_hand_on(tmp_path: Path) -> None:
+    world = make_world(tmp_path, groups=7, min_cohort=5, true_rewards=True, truth=True)
+    for client in world.clients:
+        world.ask(client, "setup", run="test-run", agreement=world.agreement.digest())
+    oracle = Oracle(world)
+    with world.run_dir() as run:
+        operators, reward = Operators(world, run), federated(world, run)
+        check(reward.step(1, *rollouts(world, 1)), oracle.step(*rollouts(world, 1)))
+        newcomer(world, "g7")
+        operators.change(leave=["g2"], join=["g7"])
+        oracle.parties(*(g for g in (*GROUPS, "g7") if g != "g2"))
+        for step in (2, 3):
+            check(reward.step(step, *rollouts(world, step)), oracle.step(*rollouts(world, step)))
 
 
 # -- the file ------------------------------------------------------------------------------------------------

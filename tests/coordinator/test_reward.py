@@ -87,6 +87,26 @@ def test_blind_rewards_are_those_of_the_rule_with_all_rewards_in_one_place(tmp_p
     assert branches == ({"mean"} if name == "average" else {"lse"} if name != "batch" else branches)
 
 
+@pytest.mark.parametrize("shape", [{}, {"mode": "cohort", "release": "recover", "groups": 2, "members": 3}])
+def test_numbers_that_are_skipped_take_maximin_no_further(tmp_path: Path, shape: dict[str, Any]) -> None:
+    """Opened steps count, not what the coordinator calls them."""
+    spec = AggregationSpec(kind="maximin", ramp=2, band=(0.3, 0.9))
+    world = ready(tmp_path, spec=spec, **shape)
+    groups = [world.agreement.groups[c] for c in world.clients]
+    history = None
+    with world.run_dir() as run:
+        reward = federated(world, run)
+        for count, step in enumerate((1, 40, 900), start=1):
+            found = reward.step(step, *rollouts(world, step))
+            every = local(world, *rollouts(world, step))
+            means = [
+                np.mean([r for r, g in zip(every, groups, strict=True) if g == name], axis=0)
+                for name in sorted(set(groups))
+            ]
+            result, history, _ = combine_clear(spec, np.stack(means), history, step=count)
+            np.testing.assert_allclose(np.array(found, dtype=float), result.rewards, atol=1e-6)
+
+
 def test_blind_and_clear_runs_give_the_same_rewards_to_the_last_bit(tmp_path: Path) -> None:
     found: dict[str, list[Any]] = {}
     for mode in ("blind", "clear"):

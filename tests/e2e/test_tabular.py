@@ -1,0 +1,149 @@
+"""policy=tabular through the whole path: blind equals clear, a killed run ends as if it had not been, lies pay."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from appa_secure import launch
+from appa_secure.config import Config, compose
+from appa_secure.manipulation import Lie, Population, play, rules, study
+from appa_secure.records import read_journal
+from appa_secure.secagg.errors import BadEncoding
+from appa_secure.tabular import TabularPolicy
+from clients.client import Client
+from coordinator import tabular
+
+SMALL = [
+    "experiment=tabular_conflict", "data.questions=12", "data.respondents=60", "data.answers_per_respondent=10",
+    "data.min_responses=5", "data.heldout_fraction=0.1", "ppo.steps=4", "ppo.prompts_per_step=8", "ppo.minibatch_size=16",
+    "ppo.checkpoint_every=2", "aggregation.band=[0.5,0.6]", "evaluation.bootstrap=100",
+]  # fmt: skip
+
+
+def configured(root: Path, *overrides: str) -> Config:
+    places = [f"output_root={root}/runs", f"federation.client_root={root}/clients", "name=run"]
+    return compose([*SMALL, *places, *overrides])
+
+
+def rows(run: Path, name: str) -> list[dict]:
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("seconds", "check"))}
+        for row in read_journal(run / name)
+    ]
+
+
+def outcome(run: Path) -> dict:
+    summary = json.loads((run / "summary.json").read_text())
+    kept = ("alignment", "ceiling", "share_of_gain", "stamp")
+    files = {name: rows(run, name) for name in ("rewards.jsonl", "measurement.jsonl", "metrics.jsonl")}
+    return {**{k: summary[k] for k in kept}, **files, "policy": (run / "policy" / tabular.FILE).read_bytes()}
+
+
+def test_blind_equals_clear_and_a_killed_run_ends_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blind = outcome(launch.run(configured(tmp_path / "blind")))
+    clear = outcome(launch.run(configured(tmp_path / "clear", "secagg=clear")))
+    assert blind == clear
+    assert blind["stamp"] == "not private"
+    assert (tmp_path / "blind" / "runs" / "run" / "policy" / "STAMP").read_text() == "not private\n"
+    assert [row["step"] for row in blind["metrics.jsonl"]] == [1, 2, 3, 4]
+    assert blind["rewards.jsonl"][-1]["result"]["branch"] == "weighted"
+
+    class Killed(BaseException):
+        pass
+
+    real = TabularPolicy.update
+    left = [3]
+
+    def update(self: TabularPolicy, *args: object) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+        real(self, *args)  # type: ignore[arg-type]
+
+    config = configured(tmp_path / "killed")
+    monkeypatch.setattr(TabularPolicy, "update", update)
+    with pytest.raises(Killed):
+        launch.run(config)
+    monkeypatch.undo()
+    again = outcome(launch.run(config, resume=tmp_path / "killed" / "runs" / "run"))
+    assert again == blind
+
+
+def rewards(client: Client, body: dict[str, list[str]]) -> np.ndarray:
+    return client._rewards(body["questions"], client._parsed(body))
+
+
+def test_rewards_from_true_answers_are_refused_by_a_site_that_does_not_allow_measuring(
+    tmp_path: Path,
+) -> None:
+    from dataclasses import replace
+
+    from tests.clients.world import make_world
+
+    world = make_world(tmp_path, true_rewards=True, truth=False)
+    world.set_up()
+    reply = world.ask(
+        "g0",
+        "score",
+        session="reward",
+        message=b"",
+        step=1,
+        opened=0,
+        z=b"",
+        questions=["q3"],
+        answers=["1 1"],
+    )
+    assert reply.kind == "refusal"
+    assert "evaluation.truth is off" in reply.body["reason"]
+    allowed = world.members["g0"]
+    allowed.agreement = replace(world.agreement, truth=True)
+    body = {"questions": ["q3", "q4"], "answers": ["1 1", "1 0 1"]}
+    np.testing.assert_allclose(
+        allowed._targets().score(["q3"], [np.array([0.5, 0.5])]), rewards(allowed, body)[0]
+    )
+
+
+def test_a_question_a_group_was_not_asked_counts_as_the_mean_of_the_others(tmp_path: Path) -> None:
+    from tests.clients.world import make_world
+
+    world = make_world(tmp_path, true_rewards=True, truth=True)
+    client = world.members["g0"]
+    del client._data.counts["q4"]
+    body = {"questions": ["q3", "q4", "q5"], "answers": ["1 1", "1 0 1", "3 0 0 1"]}
+    found = rewards(client, body)
+    assert found[1] == pytest.approx((found[0] + found[2]) / 2)
+    with pytest.raises(BadEncoding):
+        rewards(client, {**body, "questions": ["q3", "q4", "unknown"]})
+
+
+def test_a_lie_about_the_history_pays_where_there_are_weights_and_only_there(tmp_path: Path) -> None:
+    config = configured(tmp_path, "ppo.steps=60", "aggregation.ramp=20", "aggregation.band=[0.5,0.64]")
+    population = Population(config)
+    options = rules(config, population)
+    gain = {}
+    for name in ("average", "maximin"):
+        honest, _ = play(population, options[name], config, 1)
+        gains = [
+            play(population, options[name], config, 1, Lie((g,), history=True))[0][g] - honest[g]
+            for g in range(len(population.names))
+        ]
+        gain[name] = float(np.mean(gains))
+    assert gain["average"] == 0.0  # nothing there depends on a history
+    assert gain["maximin"] > 0.005
+
+
+def test_the_study_writes_a_table_and_a_plot_of_every_rule_and_lie(tmp_path: Path) -> None:
+    config = configured(tmp_path, "ppo.steps=2", "data.groups=null", "data.group_count=5")
+    said: list[str] = []
+    folder = study(config, tmp_path / "study", said.append)
+    found = json.loads((folder / "manipulation.json").read_text())
+    assert found["stamp"] == "not private"
+    assert len(found["rows"]) == len(said) == 8 * 3
+    assert {row["lie"] for row in found["rows"]} == {"history", "rewards", "two"}
+    assert all(len(row["gains"]) == 5 for row in found["rows"])
+    assert (folder / "manipulation.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "manipulation.md").read_text().count("\n") == 26
