@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 from appa_secure.aggregation import AggregationSpec, segments
@@ -23,9 +23,12 @@ from appa_secure.rewards import task_of
 from appa_secure.secagg.fixedpoint import Layout, Segment
 from appa_secure.secagg.keys import Directory
 from appa_secure.secagg.policy import ClientPolicy, Release, threshold_for
+from appa_secure.systems import SystemSpec
+from appa_secure.systems import segments as system_segments
 
 PREDICTOR = "predictor"
 REWARD = "reward"
+SYSTEM = "system"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Agreement:
     ring_bits: int
     rounds_per_epoch: int
     embedder: str
+    system: SystemSpec = field(default_factory=SystemSpec)
     secure_rng: bool = field(default=False, compare=False)
     truth: bool = field(default=False, compare=False)
 
@@ -103,6 +107,10 @@ class Agreement:
         parts = segments(self.aggregation, batch)
         return Layout(tuple(Segment(*part) for part in parts), self.ring_bits)
 
+    def system_layout(self, size: int) -> Layout:
+        """What one client sends towards a model of `size` parameters (`appa_secure.systems`)."""
+        return Layout(tuple(Segment(*part) for part in system_segments(self.system, size)), self.ring_bits)
+
     def sessions(self, client: str) -> dict[str, tuple[Directory, ClientPolicy]]:
         """The secure-aggregation sessions a client takes part in: name -> (directory, the client's own policy)."""
         everyone = ClientPolicy(
@@ -112,7 +120,8 @@ class Agreement:
             policy = ClientPolicy(
                 self.min_cohort, self.threshold, self.ring_bits, self.rounds_per_epoch, self.release
             )
-            return {PREDICTOR: (self.directory, everyone), REWARD: (self.directory, policy)}
+            aligning = REWARD if self.system.kind == "appa" else SYSTEM
+            return {PREDICTOR: (self.directory, everyone), aligning: (self.directory, policy)}
         members = self.members(self.groups[client])
         policy = ClientPolicy(
             self.min_cohort, self.threshold, self.ring_bits, self.rounds_per_epoch, self.release
@@ -165,6 +174,7 @@ class Agreement:
                         self.mode, self.release, self.threshold, self.min_cohort, self.ring_bits, self.rounds_per_epoch,
                     ],
                     "embedder": self.embedder,
+                    "system": asdict(self.system),
                 }
             )
         ).digest()  # fmt: skip
@@ -198,6 +208,18 @@ def context_multiplier(config: Config) -> float:
     """Noise multiplier of the private context's release."""
     spread = config.privacy.answers_per_unit**0.5 if config.privacy.unit == "respondent" else 1.0
     return config.privacy.context_noise / spread
+
+
+def make_system(config: Config) -> SystemSpec:
+    """The system of a configured run."""
+    s, p = config.system, config.ppo
+    return SystemSpec(
+        kind=s.kind, beta=s.beta, eta=s.eta, contrast=s.contrast, local_steps=s.local_steps, lr=s.lr,
+        clip=s.clip, ratio_clip=p.clip, kl_coef=p.kl_coef, human_weight=s.human_weight,
+        format_reward=config.task.format_penalty, labels=s.labels, generations=p.generations,
+        temperature=p.temperature, clusters=s.clusters, free_rounds=s.free_rounds, style=config.task.style,
+        adapter=None if config.policy.lora is None else canonical_json(config.policy.lora.model_dump()).decode(),
+    )  # fmt: skip
 
 
 def make_agreement(
@@ -236,6 +258,7 @@ def make_agreement(
         ring_bits=s.ring_bits,
         rounds_per_epoch=s.rounds_per_epoch,
         embedder=embedder,
+        system=make_system(config),
         secure_rng=p.secure_rng,
         truth=config.evaluation.truth,
     )  # fmt: skip

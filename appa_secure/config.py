@@ -29,7 +29,7 @@ from appa_secure.config_checks import Problem
 from appa_secure.errors import ConfigError
 
 GROUPS = (
-    "data", "embedder", "predictor", "policy", "privacy", "secagg", "aggregation", "federation", "experiment",
+    "data", "embedder", "predictor", "policy", "privacy", "secagg", "aggregation", "system", "federation", "experiment",
 )  # fmt: skip
 
 
@@ -189,6 +189,28 @@ class AggregationConfig(Section):
     sharpness: Positive = _about(24.0, "min, max in blind mode: exponent scale of the approximation")
 
 
+class SystemConfig(Section):
+    kind: Literal["appa", "grdpo", "gripo", "fedrlhf", "sft", "maxmin"] = _about(
+        "appa", "how the policy is trained: PPO on the aggregated reward, or another system of the field"
+    )
+    beta: Positive = _about(0.1, "grdpo, gripo: pull towards the warmed-up policy (beta, tau of the papers)")
+    eta: float = _about(0.1, "grdpo, gripo: step size of the groups' weights, per relative loss", ge=0)
+    contrast: float = _about(100.0, "grdpo, gripo: largest ratio between two groups' weights", ge=1, le=1e6)
+    human_weight: Positive = _about(
+        1.0, "fedrlhf: weight of a group's own reward beside the reward of a readable answer (lambda)"
+    )
+    labels: Literal["predicted", "raw"] = _about(
+        "predicted", "sft: answers from each group's private predictions, or its raw shares (privacy=off only)"
+    )
+    clusters: Count = _about(2, "maxmin: reward models of the mixture")
+    rounds: Count = _about(60, "maxmin: rounds of expectation-maximisation before the policy is trained")
+    free_rounds: int = _about(10, "maxmin: first rounds, in which clients keep the cluster they drew", ge=0)
+    local_steps: Count = _about(1, "SGD steps of a client in one round")
+    lr: Positive = _about(0.1, "clients' learning rate (SGD); matters only with several local steps")
+    clip: Positive = _about(1.0, "largest gradient norm of a client's step; bounds what it sends")
+    server_lr: Positive = _about(1e-3, "coordinator's learning rate (Adam on the mean update)")
+
+
 class FederationConfig(Section):
     kind: Literal["local", "simulation"] = _about("local", "one process, or Flower's simulation engine")
     client_root: Text = _about(
@@ -239,6 +261,7 @@ class Config(Section):
     privacy: PrivacyConfig = Field(default_factory=PrivacyConfig)
     secagg: SecaggConfig = Field(default_factory=SecaggConfig)
     aggregation: AggregationConfig = Field(default_factory=AggregationConfig)
+    system: SystemConfig = Field(default_factory=SystemConfig)
     federation: FederationConfig = Field(default_factory=FederationConfig)
     ppo: PPOConfig = Field(default_factory=PPOConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

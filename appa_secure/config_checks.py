@@ -43,7 +43,7 @@ def as_yaml(value: object) -> str:
 
 def problems(config: Config) -> list[Problem]:
     """Impossible combinations, in the order of the sections."""
-    rules = (_task, _data, _shapes, _privacy, _secagg, _aggregation, _ppo)
+    rules = (_task, _data, _shapes, _privacy, _secagg, _aggregation, _system, _ppo)
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -74,6 +74,12 @@ def notes(config: Config) -> tuple[str, ...]:
     if c.aggregation.kind == "appa" and c.aggregation.variant == "paper" and _release(c) == "recover":
         found.append(
             "aggregation.variant=paper cannot be renormalised after a dropout: such a step takes the mean"
+        )
+    if c.system.kind != "appa":
+        found.append(f"system={c.system.kind}: aggregation={c.aggregation.kind} plays no part")
+    if c.system.kind == "maxmin" and c.secagg.mode == "blind":
+        found.append(
+            "system=maxmin: the reward model of a cluster with one member is that group's own, seen by the coordinator"
         )
     if c.privacy.enabled and c.privacy.delta > 1e-3:
         found.append(
@@ -239,6 +245,41 @@ def _aggregation(c: Config) -> Iterator[Problem]:
         yield Problem(
             "aggregation.temperature", aggregation.temperature, f"exp(-1/temperature) {drowns}",
             f"aggregation.temperature={math.ceil(1000 / limit) / 1000}{wider}",
+        )  # fmt: skip
+
+
+def _system(c: Config) -> Iterator[Problem]:
+    system, members = c.system, c.federation.members_per_group
+    if system.kind == "appa":
+        return
+    if c.secagg.mode == "cohort" or members != 1:
+        field, value = ("secagg.mode", "cohort") if c.secagg.mode == "cohort" else ("federation.members_per_group", members)
+        yield Problem(
+            field, value, f"system={system.kind} takes one client for a group, and sums over all of them",
+            "secagg=blind with federation.members_per_group=1, or system=appa",
+        )  # fmt: skip
+    if c.secagg.ring_bits != 64:
+        yield Problem(
+            "secagg.ring_bits", c.secagg.ring_bits, f"system={system.kind} sums weighted gradients, too small for it",
+            "secagg.ring_bits=64",
+        )  # fmt: skip
+    if system.kind in ("grdpo", "gripo", "maxmin") and c.ppo.generations % 2:
+        yield Problem(
+            "ppo.generations", c.ppo.generations, f"system={system.kind} learns from pairs of answers to a question",
+            f"ppo.generations={c.ppo.generations + 1}",
+        )  # fmt: skip
+    if system.labels == "raw" and (system.kind != "sft" or c.privacy.enabled):
+        why = (
+            "imitating raw answers is a release that nothing pays for"
+            if system.kind == "sft"
+            else f"system={system.kind} labels answers with predicted preferences"
+        )
+        fix = "system.labels=predicted, or system=sft with privacy=off"
+        yield Problem("system.labels", "raw", why, fix)
+    if system.kind == "maxmin" and system.free_rounds >= system.rounds:
+        yield Problem(
+            "system.free_rounds", system.free_rounds, f"leaves no round of system.rounds={system.rounds} to choose in",
+            f"system.free_rounds={max(0, system.rounds // 4)}",
         )  # fmt: skip
 
 

@@ -10,6 +10,8 @@ secagg   one message of a key set-up or unmasking  the client's signed message
 train    predictor parameters, round request       masked update, ledger row
 freeze   final predictor                           -
 score    rollouts, round request (`paper`: and Z)  masked reward vector (in clear mode: coded, not masked)
+policy   warmed-up policy and its tokenizer         -
+tune     model parameters, rollouts, round request  masked update of a policy or reward model, and scalars beside it
 truth    -                                         true and predicted distributions; only where a site set evaluation.truth
 """
 
@@ -41,6 +43,11 @@ REQUESTS: dict[str, dict[str, str]] = {
         "session": "text", "message": "bytes", "step": "uint", "opened": "uint", "z": "bytes",
         "questions": "[text]", "answers": "[text]",
     },
+    "policy": {"config": "text", "tokenizer": "text", "pad": "text", "end": "text", "weights": "bytes"},
+    "tune": {
+        "session": "text", "message": "bytes", "step": "uint", "opened": "uint", "parameters": "bytes",
+        "questions": "[text]", "answers": "[text]",
+    },
     "truth": {},
 }  # fmt: skip
 REPLIES: dict[str, dict[str, str]] = {
@@ -50,6 +57,8 @@ REPLIES: dict[str, dict[str, str]] = {
     "train": {"message": "bytes", "ledger": "bytes"},
     "freeze": {},
     "score": {"message": "bytes"},
+    "policy": {},
+    "tune": {"message": "bytes"},
     "truth": {"distributions": "bytes", "predictions": "bytes"},
     "refusal": {"code": "text", "reason": "text"},
 }

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from appa_secure.aggregation import contribution
-from appa_secure.agreement import PREDICTOR, Agreement
+from appa_secure.agreement import PREDICTOR, SYSTEM, Agreement
 from appa_secure.data import GroupData
 from appa_secure.errors import AppaError, PrivacyError
 from appa_secure.messages import (
@@ -43,6 +43,7 @@ from appa_secure.tasks import parse
 from clients.context import private_context, raw_context, sensitivity
 from clients.store import ClientStore
 from clients.training import LocalTrainer
+from clients.tuning import Tuner, make_tuner, read_rollouts
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Client:
         self._model = PreferencePredictor(agreement.predictor)
         self._trainer: LocalTrainer | None = None
         self._scorer: Scorer | None = None
+        self._tuning: Tuner | None = None
         self._handlers: dict[str, Callable[[Mapping[str, Any]], bytes]] = {
             "setup": self._setup,
             "context": self._context,
@@ -100,6 +102,8 @@ class Client:
             "train": self._train,
             "freeze": self._freeze,
             "score": self._score,
+            "policy": self._policy,
+            "tune": self._tune,
             "truth": self._truth,
         }
 
@@ -126,6 +130,9 @@ class Client:
     def _answer(self, request: Message) -> bytes:
         if request.kind != "setup" and not self._state.get("run"):
             raise Refusal("OutOfOrder", f"{request.kind} before setup")
+        system = self.agreement.system
+        if request.kind in ("score", "policy", "tune") and request.kind not in system.requests:
+            raise Refusal("NotAgreed", f"{request.kind} has no part in the agreed system={system.kind}")
         return self._handlers[request.kind](request.body)
 
     def _save(self) -> None:
@@ -273,7 +280,7 @@ class Client:
         self._state["vector"] = {}
         for kind in ("train", "truth"):  # their answers are out of date
             self._state["answered"].pop(kind, None)
-        self._scorer = None
+        self._scorer = self._tuning = None
         return pack(REPLIES, "freeze")
 
     # -- alignment -------------------------------------------------------------------------------------------------
@@ -351,6 +358,31 @@ class Client:
         if opened == pending:
             h.update(current=h.pop("pending"), step=h.pop("pending_step"))
         return unpack_float(h.get("current", b""), "own store", "history")
+
+    def _policy(self, body: Mapping[str, Any]) -> bytes:
+        """The policy that clients will train, and keep as the reference."""
+        if self._state["history"]:
+            raise Refusal("OutOfOrder", "alignment has begun; the reference policy cannot change any more")
+        self._store.keep_policy(body)
+        self._tuning = None
+        return pack(REPLIES, "policy")
+
+    def _tune(self, body: Mapping[str, Any]) -> bytes:
+        a, step = self.agreement, body["step"]
+        self._check_session(body, SYSTEM)
+        if self._tuning is None:
+            self._tuning = make_tuner(
+                a, self._targets(), self._data, self._embeddings, self._store.policy(), self._state["noise_key"]
+            )
+        rollouts = read_rollouts(body, a)
+        vector = unpack_vector(body["parameters"], COORDINATOR, "tune.parameters", self._tuning.asked)
+        sent, after = self._tuning.contribution(
+            vector, rollouts, self._committed(step, body["opened"]), step
+        )
+        self._state["history"].update(pending=pack_float(after), pending_step=step)
+        return pack(
+            REPLIES, "tune", message=self._send("tune", body, sent, a.system_layout(self._tuning.size))
+        )
 
     # -- measurement -----------------------------------------------------------------------------------------------
 

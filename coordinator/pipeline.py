@@ -23,17 +23,19 @@ from appa_secure.agreement import Agreement
 from appa_secure.config import Config
 from appa_secure.data import Question
 from appa_secure.journal import atomic_write
+from appa_secure.language import lora_config
 from appa_secure.privacy.statement import markdown, statement
 from appa_secure.progress import Progress
 from appa_secure.records import STATEMENT_JSON, STATEMENT_MD, Journal, RunDir, environment
 from appa_secure.tasks import completion_length, parse, prompt, random_answer
 from coordinator.evaluate import Evaluator, Truth
-from coordinator.policies import build_policy, lora_config, warm_up
+from coordinator.policies import build_policy, warm_up
 from coordinator.ppo import PPOTrainer, latest_checkpoint, make_config
 from coordinator.predictor import record_ledger, train_predictor
 from coordinator.reward import FederatedReward
 from coordinator.rounds import Federation, Rounds, ask
 from coordinator.sampling import sample
+from coordinator.tuning import tune_policy
 
 PRIVATE, NOT_PRIVATE = "private", "not private"
 STAMP = "STAMP"
@@ -138,6 +140,25 @@ class Pipeline:
         return {"valid": outcome.valid, "steps": outcome.steps}
 
     def _align(self) -> dict[str, Any]:
+        """Train the policy by the run's system: PPO at the coordinator, or updates from the clients."""
+        if "policy" in self.agreement.system.requests:
+            self._align_at_clients()
+        else:
+            self._align_by_ppo()
+        self._stamp_folder("policy")
+        return {}
+
+    def _align_at_clients(self) -> None:
+        model, tokenizer = _load(self.run_dir.path("policy") / "warm")
+        model = tune_policy(
+            self.config, self.agreement, self.rounds, self.run_dir, model, tokenizer, self._new_tokens(), self._seen(),
+            self._record_step,
+        )  # fmt: skip
+        self.rounds.close()
+        for part in (model, tokenizer):
+            part.save_pretrained(self.run_dir.path("policy"))
+
+    def _align_by_ppo(self) -> None:
         c, agreement, run = self.config, self.agreement, self.run_dir
         model, tokenizer = _load(run.path("policy") / "warm")
         task = agreement.task
@@ -160,8 +181,8 @@ class Pipeline:
             args=make_config(c.ppo, checkpoints, c.seed, self._new_tokens()),
             train_dataset=dataset,
             processing_class=tokenizer,
-            peft_config=lora_config(c.policy),
-            on_step=lambda metrics: self._record_step(metrics, reward),
+            peft_config=lora_config(None if c.policy.lora is None else c.policy.lora.model_dump()),
+            on_step=lambda metrics: self._record_step(metrics, reward.rows[metrics["step"]]),
         )
         try:
             trainer.train(resume_from_checkpoint=newest)
@@ -169,8 +190,6 @@ class Pipeline:
             journal.close()
         self.rounds.close()
         trainer.save_policy(run.path("policy"))
-        self._stamp_folder("policy")
-        return {}
 
     def _seen(self) -> Callable[..., None] | None:
         """What is measured at each step against the truth; nothing where truth is not to be had."""
@@ -192,9 +211,9 @@ class Pipeline:
 
         return seen
 
-    def _record_step(self, metrics: dict[str, Any], reward: FederatedReward) -> None:
+    def _record_step(self, metrics: dict[str, Any], row: dict[str, Any]) -> None:
+        """One step to metrics.jsonl and the progress line. row: `result` of the aggregation, and what was malformed."""
         step = metrics["step"]
-        row = reward.rows[step]
         result = row["result"] or {}
         spent = self._epsilon()
         self.run_dir.metrics.append(
@@ -202,7 +221,7 @@ class Pipeline:
                 "stamp": self._trained, "step": step, "reward": metrics["reward"], "fi": result.get("fi"),
                 "branch": result.get("branch"),
                 "z": result.get("z_next"), "h_mean": result.get("h_mean"), "soft_min": result.get("soft_min"),
-                "alpha_sum": result.get("alpha_sum"), "kl": metrics["kl"], "entropy": metrics["entropy"],
+                "alpha_sum": result.get("alpha_sum"), "kl": metrics.get("kl"), "entropy": metrics.get("entropy"),
                 "malformed": row["malformed"], "opened": row["opened"], "epsilon": spent,
                 "seconds": metrics["seconds"], "seconds_reward": metrics.get("seconds_reward"),
             }
@@ -279,6 +298,7 @@ class Pipeline:
                 "context": len(agreement.plan.context), "train": len(self.train), "heldout": len(self.heldout),
             },
             "aggregation": c.aggregation.model_dump(mode="json"),
+            "system": c.system.kind,
             "reward": c.task.reward,
             "alignment": alignment,
             "ceiling": {"avg": None, "min": None} if ceilings is None else {**(ceilings["train"] or {}), **ceilings},

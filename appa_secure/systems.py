@@ -1,0 +1,143 @@
+"""How a run trains its policy: the systems of the field, side by side on the same data, predictor and rollouts.
+
+| kind      | source           | the clients send, summed over all of them                               | the coordinator        |
+|-----------|------------------|-------------------------------------------------------------------------|------------------------|
+| `appa`    | arXiv 2604.04261 | rewards (`appa_secure.aggregation`)                                     | PPO on their aggregate |
+| `grdpo`   | arXiv 2405.20304 | weight × gradient of DPO on their own labels of answer pairs, and weight | Adam on the mean      |
+| `gripo`   | arXiv 2405.20304 | the same with the IPO loss                                              | Adam on the mean       |
+| `fedrlhf` | arXiv 2412.15538 | what local policy-gradient steps on their own reward changed            | Adam on the mean       |
+| `sft`     | -                | gradient of the log-likelihood of their own answers                     | Adam on the mean       |
+| `maxmin`  | arXiv 2402.08925 | gradient of the Bradley-Terry reward model they chose, zeros for others | PPO on the worst model |
+
+A client labels answers with its *private* predictor, so whatever it sends is post-processing of what the ledger paid
+for. Every vector goes through one secure-aggregation session, `agreement.SYSTEM`, and is opened as a sum only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from appa_secure.predictor import flatten
+
+KINDS = ("appa", "grdpo", "gripo", "fedrlhf", "sft", "maxmin")
+PAIRED = ("grdpo", "gripo", "maxmin")  # learn from pairs of answers to one question
+WIDTH = 64  # of a reward model's hidden layers
+FLOOR = -16.0  # least log-likelihood of one client's pairs that is reported, in nats per pair
+
+
+@dataclass(frozen=True)
+class SystemSpec:
+    """What both sides must agree on about the system; part of the agreement's digest.
+
+    beta: DPO's β, IPO's τ. eta: step size of the group weights. contrast: largest ratio between two weights.
+    local_steps, lr: a client's SGD steps per round and their learning rate; clip: largest gradient norm of one.
+    ratio_clip, kl_coef, human_weight: `fedrlhf`, PPO's ε, the KL penalty, and λ of R = R⁰ + λ·H. format_reward: R⁰ of
+    an answer that cannot be read. labels: `sft`, "predicted" or "raw". generations: answers per question of a round;
+    temperature: at which they were sampled. clusters, free_rounds: `maxmin`, reward models, and the rounds at the start
+    in which a client keeps the cluster it drew. style: of the prompts. adapter: peft options of `policy.lora` as JSON,
+    None where all weights are trained.
+    """
+
+    kind: str = "appa"
+    beta: float = 0.1
+    eta: float = 0.1
+    contrast: float = 100.0
+    local_steps: int = 1
+    lr: float = 0.1
+    clip: float = 1.0
+    ratio_clip: float = 0.2
+    kl_coef: float = 0.0
+    human_weight: float = 1.0
+    format_reward: float = 0.5
+    labels: str = "predicted"
+    generations: int = 2
+    temperature: float = 1.0
+    clusters: int = 2
+    free_rounds: int = 5
+    style: str = "short"
+    adapter: str | None = None
+
+    @property
+    def requests(self) -> tuple[str, ...]:
+        """Kinds of messages of the align stage that a client answers under this system."""
+        return {"appa": ("score",), "maxmin": ("tune",)}.get(self.kind, ("policy", "tune"))
+
+
+def segments(spec: SystemSpec, size: int) -> tuple[tuple[str, int, float, float], ...]:
+    """Layout of one client's vector: (name, entries, lo, hi). size: parameters of the model that is trained.
+
+    `update` is the sum of the clipped gradients of the local steps. Policies: times the client's `weight`, and `reward`,
+    `reward2`: mean reward of the well-formed rollouts and its square. `maxmin`: one update per cluster, of which all
+    but one are zero, `members` one-hot, and the mean log-likelihood of the client's pairs.
+    """
+    reach = spec.clip * spec.local_steps
+    if spec.kind == "maxmin":
+        return (
+            ("update", spec.clusters * size, -reach, reach),
+            ("members", spec.clusters, 0.0, 1.0),
+            ("likelihood", 1, FLOOR, 0.0),
+        )
+    return ("update", size, -reach, reach), ("weight", 1, 0.0, 1.0), ("reward", 1, 0.0, 1.0), ("reward2", 1, 0.0, 1.0)
+
+
+def preferences(rewards: np.ndarray) -> np.ndarray:
+    """Labels (N/2,) of the pairs (0, 1), (2, 3), ...: 1 where the first is preferred, -1 the second, 0 neither.
+
+    rewards: (N,), NaN for an answer that cannot be read, to which every other is preferred.
+    """
+    known = np.where(np.isnan(rewards), -1.0, rewards)
+    return np.sign(known[0::2] - known[1::2])
+
+
+# -- reward models of `maxmin` -----------------------------------------------------------------------------------
+
+
+class AnswerReward(nn.Module):
+    """r(question, answer) as a small network on public embeddings, (N, 2E) -> (N,); see `answer_points`."""
+
+    def __init__(self, embedding: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(2 * embedding, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 1)
+        )
+
+    def forward(self, points: Tensor) -> Tensor:
+        """Rewards; only differences between answers to one question mean anything (Bradley and Terry 1952)."""
+        rewards: Tensor = self.net(points).squeeze(-1)
+        return rewards
+
+
+def initial_mixture(clusters: int, embedding: int, seed: int) -> np.ndarray:
+    """Parameters (K, P) float32 of the reward models before training, a function of the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return np.stack([flatten(AnswerReward(embedding)) for _ in range(clusters)])
+
+
+def answer_points(
+    embeddings: Mapping[str, np.ndarray], qids: Sequence[str], answers: Sequence[np.ndarray]
+) -> Tensor:
+    """(N, 2E): the question as the mean x of its options' embeddings x_k, the answer as Σ_k (a_k - 1/K)·x_k.
+
+    answers: as `tasks.parse` returns them, each divided by its sum first.
+    """
+    rows = [
+        np.concatenate([embeddings[q].mean(axis=0), (a / a.sum() - 1.0 / len(a)) @ embeddings[q]])
+        for q, a in zip(qids, answers, strict=True)
+    ]
+    return torch.from_numpy(np.stack(rows).astype(np.float32))
+
+
+def log_likelihood(rewards: Tensor, labels: Tensor) -> Tensor:
+    """Mean log σ(r(preferred) - r(other)) over the pairs that have a preference (MaxMin-RLHF, eq. of the E-step).
+
+    rewards: (N,), pairs side by side; labels: (N/2,) of `preferences`. -log 2 without any preference.
+    """
+    margin = (rewards[0::2] - rewards[1::2]) * labels
+    return F.logsigmoid(margin)[labels != 0].mean() if bool((labels != 0).any()) else F.logsigmoid(0.0 * margin).mean()
