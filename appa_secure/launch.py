@@ -100,6 +100,7 @@ def align(config: Config, parts: Parts, federation: object, directory: RunDir, p
 
     Pipeline(
         config, parts.agreement, parts.heldout, federation, directory, progress, parts.nominal,  # type: ignore[arg-type]
+        parts.embeddings,
     ).run()  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from appa_secure.progress import Progress
 from appa_secure.records import STATEMENT_JSON, STATEMENT_MD, Journal, RunDir, environment
 from appa_secure.tasks import completion_length, parse, prompt, random_answer
 from coordinator.evaluate import Evaluator, Truth
+from coordinator.maxmin import MaxMinReward, drawer, learn_mixture
 from coordinator.policies import build_policy, warm_up
 from coordinator.ppo import PPOTrainer, latest_checkpoint, make_config
 from coordinator.predictor import record_ledger, train_predictor
@@ -47,12 +48,13 @@ class Pipeline:
 
     def __init__(
         self, config: Config, agreement: Agreement, heldout: tuple[str, ...], federation: Federation, run: RunDir,
-        progress: Progress, nominal: bool,
+        progress: Progress, nominal: bool, embeddings: Mapping[str, np.ndarray],
     ) -> None:  # fmt: skip
+        """embeddings: question -> (K, E) of its options, public."""
         self.config, self.agreement, self.heldout = config, agreement, heldout
         self.federation, self.run_dir, self.progress, self.nominal = federation, run, progress, nominal
         self.rounds = Rounds(agreement, federation, run)
-        self.train = agreement.plan.train
+        self.train, self.embeddings = agreement.plan.train, embeddings
         self._evaluator: Evaluator | None = None
         protected = config.privacy.enabled and config.privacy.secure_rng and not agreement.clear
         # What training alone writes; what is measured against the truth is stamped by itself, and stamps the summary.
@@ -141,12 +143,13 @@ class Pipeline:
 
     def _align(self) -> dict[str, Any]:
         """Train the policy by the run's system: PPO at the coordinator, or updates from the clients."""
+        payload: dict[str, Any] = {}
         if "policy" in self.agreement.system.requests:
             self._align_at_clients()
         else:
-            self._align_by_ppo()
+            payload = self._align_by_ppo()
         self._stamp_folder("policy")
-        return {}
+        return payload
 
     def _align_at_clients(self) -> None:
         model, tokenizer = _load(self.run_dir.path("policy") / "warm")
@@ -158,7 +161,20 @@ class Pipeline:
         for part in (model, tokenizer):
             part.save_pretrained(self.run_dir.path("policy"))
 
-    def _align_by_ppo(self) -> None:
+    def _maxmin(self, model: Any, tokenizer: Any) -> tuple[MaxMinReward, dict[str, Any]]:
+        """The reward of the learnt mixture, and what the summary says about the mixture."""
+        c, total = self.config, self.config.system.rounds
+        draw = drawer(c, self.agreement, model, tokenizer, self._new_tokens())
+        embedding = next(iter(self.embeddings.values())).shape[1]
+        mixture = learn_mixture(
+            c, self.agreement, self.rounds, self.run_dir, draw, embedding,
+            lambda done, likelihood: self.progress.step("mixture", done, total, likelihood=likelihood),
+        )  # fmt: skip
+        self._stamp_folder("mixture")
+        reward = MaxMinReward(self.agreement, mixture, self.embeddings, draw, c.seed, self._seen())
+        return reward, {"members": list(mixture.members), "likelihood": mixture.likelihood}
+
+    def _align_by_ppo(self) -> dict[str, Any]:
         c, agreement, run = self.config, self.agreement, self.run_dir
         model, tokenizer = _load(run.path("policy") / "warm")
         task = agreement.task
@@ -172,9 +188,14 @@ class Pipeline:
         if run.metrics.truncate_after(at) or at:
             run.transcript.resume("align", at)
         journal = Journal(run.path("rewards.jsonl"))
-        reward = FederatedReward(
-            agreement, self.rounds, journal, c.task.format_penalty, self._seen(), stamp=self._trained
-        )
+        payload: dict[str, Any] = {}
+        reward: FederatedReward | MaxMinReward
+        if agreement.system.kind == "maxmin":
+            reward, payload["mixture"] = self._maxmin(model, tokenizer)
+        else:
+            reward = FederatedReward(
+                agreement, self.rounds, journal, c.task.format_penalty, self._seen(), stamp=self._trained
+            )
         trainer = PPOTrainer(
             model=model,
             reward_funcs=[reward],
@@ -190,6 +211,7 @@ class Pipeline:
             journal.close()
         self.rounds.close()
         trainer.save_policy(run.path("policy"))
+        return payload
 
     def _seen(self) -> Callable[..., None] | None:
         """What is measured at each step against the truth; nothing where truth is not to be had."""
@@ -298,7 +320,7 @@ class Pipeline:
                 "context": len(agreement.plan.context), "train": len(self.train), "heldout": len(self.heldout),
             },
             "aggregation": c.aggregation.model_dump(mode="json"),
-            "system": c.system.kind,
+            "system": {"kind": c.system.kind, "mixture": stages["align"].get("mixture")},
             "reward": c.task.reward,
             "alignment": alignment,
             "ceiling": {"avg": None, "min": None} if ceilings is None else {**(ceilings["train"] or {}), **ceilings},
