@@ -200,7 +200,8 @@ class SystemConfig(Section):
         1.0, "fedrlhf: weight of a group's own reward beside the reward of a readable answer (lambda)"
     )
     labels: Literal["predicted", "raw"] = _about(
-        "predicted", "sft: answers from each group's private predictions, or its raw shares (privacy=off only)"
+        "predicted",
+        "sft: answers from each group's private predictions, or its raw shares (privacy=off only)",
     )
     clusters: Count = _about(2, "maxmin: reward models of the mixture")
     rounds: Count = _about(60, "maxmin: rounds of expectation-maximisation before the policy is trained")

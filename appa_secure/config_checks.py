@@ -253,7 +253,11 @@ def _system(c: Config) -> Iterator[Problem]:
     if system.kind == "appa":
         return
     if c.secagg.mode == "cohort" or members != 1:
-        field, value = ("secagg.mode", "cohort") if c.secagg.mode == "cohort" else ("federation.members_per_group", members)
+        field, value = (
+            ("secagg.mode", "cohort")
+            if c.secagg.mode == "cohort"
+            else ("federation.members_per_group", members)
+        )
         yield Problem(
             field, value, f"system={system.kind} takes one client for a group, and sums over all of them",
             "secagg=blind with federation.members_per_group=1, or system=appa",

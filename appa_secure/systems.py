@@ -1,13 +1,13 @@
 """How a run trains its policy: the systems of the field, side by side on the same data, predictor and rollouts.
 
-| kind      | source           | the clients send, summed over all of them                               | the coordinator        |
-|-----------|------------------|-------------------------------------------------------------------------|------------------------|
-| `appa`    | arXiv 2604.04261 | rewards (`appa_secure.aggregation`)                                     | PPO on their aggregate |
-| `grdpo`   | arXiv 2405.20304 | weight × gradient of DPO on their own labels of answer pairs, and weight | Adam on the mean      |
-| `gripo`   | arXiv 2405.20304 | the same with the IPO loss                                              | Adam on the mean       |
-| `fedrlhf` | arXiv 2412.15538 | what local policy-gradient steps on their own reward changed            | Adam on the mean       |
-| `sft`     | -                | gradient of the log-likelihood of their own answers                     | Adam on the mean       |
-| `maxmin`  | arXiv 2402.08925 | gradient of the Bradley-Terry reward model they chose, zeros for others | PPO on the worst model |
+| kind      | source           | a client sends (summed over all of them)                  | the coordinator takes     |
+|-----------|------------------|-----------------------------------------------------------|---------------------------|
+| `appa`    | arXiv 2604.04261 | rewards of rollouts (`appa_secure.aggregation`)           | PPO steps on the aggregate |
+| `grdpo`   | arXiv 2405.20304 | its weight, and weight × gradient of DPO on its own labels | Adam steps on the mean   |
+| `gripo`   | arXiv 2405.20304 | the same with the IPO loss                                | Adam steps on the mean    |
+| `fedrlhf` | arXiv 2412.15538 | what policy-gradient steps on its own reward changed      | Adam steps on the mean    |
+| `sft`     | -                | gradient of the log-likelihood of its own answers         | Adam steps on the mean    |
+| `maxmin`  | arXiv 2402.08925 | gradient of the reward model it chose, zeros for others   | PPO steps on the worst    |
 
 A client labels answers with its *private* predictor, so whatever it sends is post-processing of what the ledger paid
 for. Every vector goes through one secure-aggregation session, `agreement.SYSTEM`, and is opened as a sum only.
@@ -83,7 +83,12 @@ def segments(spec: SystemSpec, size: int) -> tuple[tuple[str, int, float, float]
             ("members", spec.clusters, 0.0, 1.0),
             ("likelihood", 1, FLOOR, 0.0),
         )
-    return ("update", size, -reach, reach), ("weight", 1, 0.0, 1.0), ("reward", 1, 0.0, 1.0), ("reward2", 1, 0.0, 1.0)
+    return (
+        ("update", size, -reach, reach),
+        ("weight", 1, 0.0, 1.0),
+        ("reward", 1, 0.0, 1.0),
+        ("reward2", 1, 0.0, 1.0),
+    )
 
 
 def preferences(rewards: np.ndarray) -> np.ndarray:
@@ -104,7 +109,11 @@ class AnswerReward(nn.Module):
     def __init__(self, embedding: int) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(2 * embedding, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 1)
+            nn.Linear(2 * embedding, WIDTH),
+            nn.GELU(),
+            nn.Linear(WIDTH, WIDTH),
+            nn.GELU(),
+            nn.Linear(WIDTH, 1),
         )
 
     def forward(self, points: Tensor) -> Tensor:
@@ -140,4 +149,8 @@ def log_likelihood(rewards: Tensor, labels: Tensor) -> Tensor:
     rewards: (N,), pairs side by side; labels: (N/2,) of `preferences`. -log 2 without any preference.
     """
     margin = (rewards[0::2] - rewards[1::2]) * labels
-    return F.logsigmoid(margin)[labels != 0].mean() if bool((labels != 0).any()) else F.logsigmoid(0.0 * margin).mean()
+    return (
+        F.logsigmoid(margin)[labels != 0].mean()
+        if bool((labels != 0).any())
+        else F.logsigmoid(0.0 * margin).mean()
+    )

@@ -372,13 +372,16 @@ class Client:
         self._check_session(body, SYSTEM)
         if self._tuning is None:
             self._tuning = make_tuner(
-                a, self._targets(), self._data, self._embeddings, self._store.policy(), self._state["noise_key"]
+                a,
+                self._targets(),
+                self._data,
+                self._embeddings,
+                self._store.policy(),
+                self._state["noise_key"],
             )
         rollouts = read_rollouts(body, a)
         vector = unpack_vector(body["parameters"], COORDINATOR, "tune.parameters", self._tuning.asked)
-        sent, after = self._tuning.contribution(
-            vector, rollouts, self._committed(step, body["opened"]), step
-        )
+        sent, after = self._tuning.contribution(vector, rollouts, self._committed(step, body["opened"]), step)
         self._state["history"].update(pending=pack_float(after), pending_step=step)
         return pack(
             REPLIES, "tune", message=self._send("tune", body, sent, a.system_layout(self._tuning.size))

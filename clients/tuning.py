@@ -101,7 +101,9 @@ def read_rollouts(body: Mapping[str, Any], agreement: Agreement) -> Rollouts:
     spec, qids, texts = agreement.system, body["questions"], body["answers"]
     each = 2 if spec.kind == "maxmin" else spec.generations
     if not qids or len(qids) != len(texts) or len(qids) % each:
-        raise BadEncoding(COORDINATOR, f"tune: needs {each} answers to each question, and at least one question")
+        raise BadEncoding(
+            COORDINATOR, f"tune: needs {each} answers to each question, and at least one question"
+        )
     if any(qids[i] != qids[i - i % each] for i in range(len(qids))):
         raise BadEncoding(COORDINATOR, f"tune: runs of {each} answers must belong to one question")
     unknown = next((q for q in qids if q not in agreement.questions), None)
@@ -175,7 +177,11 @@ class PolicyTuner:
 
         def logps() -> tuple[Tensor, Tensor]:
             return answer_logps(
-                self.model, self.tokenizer.pad_token_id, [self._encoded[q] for q in first], tokens, spec.temperature
+                self.model,
+                self.tokenizer.pad_token_id,
+                [self._encoded[q] for q in first],
+                tokens,
+                spec.temperature,
             )
 
         with torch.no_grad():
@@ -200,7 +206,7 @@ class PolicyTuner:
     def _imitation(self, qids: Sequence[str], tokens: Sequence[Sequence[int]]) -> Tensor:
         """Negative log-likelihood per token of the client's own answers; 0 where it has none."""
         if not qids:
-            return 0.0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad)  # type: ignore[return-value]
+            return 0.0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad)
         pad, prompts = self.tokenizer.pad_token_id, [self._encoded[q] for q in qids]
         logps, mask = answer_logps(self.model, pad, prompts, tokens, 1.0)
         return -logps.sum() / mask.sum()
@@ -211,9 +217,14 @@ class PolicyTuner:
         H is the client's own reward of an answer, R⁰ says only whether it can be read. Scaled to unit variance.
         """
         spec = self.spec
-        total = np.where(np.isnan(rewards), spec.format_reward, spec.human_weight * rewards) - spec.kl_coef * drift
+        total = (
+            np.where(np.isnan(rewards), spec.format_reward, spec.human_weight * rewards)
+            - spec.kl_coef * drift
+        )
         rows = total.reshape(-1, spec.generations)
-        centred = (rows - rows.mean(axis=1, keepdims=True)).reshape(-1) * spec.generations / (spec.generations - 1)
+        centred = (
+            (rows - rows.mean(axis=1, keepdims=True)).reshape(-1) * spec.generations / (spec.generations - 1)
+        )
         return torch.from_numpy(centred / (centred.std() + 1e-8)).float().unsqueeze(1)
 
     def _tokens(self, qids: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
@@ -239,7 +250,10 @@ def descend(
         at_start = float(value.detach()) if step == 0 else at_start
         gradients = torch.autograd.grad(value, trained, allow_unused=True)
         flat = torch.cat(
-            [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(trained, gradients, strict=True)]
+            [
+                (torch.zeros_like(p) if g is None else g).flatten()
+                for p, g in zip(trained, gradients, strict=True)
+            ]
         )
         norm = float(flat.norm())
         if not math.isfinite(norm):

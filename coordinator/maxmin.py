@@ -149,7 +149,9 @@ class MaxMinReward:
             unflatten(model, vector)
         self.rows: dict[int, dict[str, Any]] = {}
         qids, texts = _pairs(agreement, draw(_REFERENCES, _seed(seed, _REFERENCE_DRAW)))
-        found = self._raw(qids, [parse(t, agreement.questions[q], agreement.task) for q, t in zip(qids, texts, strict=True)])
+        found = self._raw(
+            qids, [parse(t, agreement.questions[q], agreement.task) for q, t in zip(qids, texts, strict=True)]
+        )
         at = {q: np.flatnonzero(np.array(qids) == q) for q in dict.fromkeys(qids)}
         self._mean = {q: found[:, rows].mean(axis=1) for q, rows in at.items()}  # question -> (K,)
         self._unseen = found.mean(axis=1)  # (K,), for a question without readable references
@@ -162,11 +164,22 @@ class MaxMinReward:
         return np.asarray(1.0 / (1.0 + np.exp(-(self._raw(qids, answers) - mean) / self._spread[:, None])))
 
     def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], qid: Sequence[str], trainer_state: Any, **_: Any
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        qid: Sequence[str],
+        trainer_state: Any,
+        **_: Any,
     ) -> list[float]:
         """Rewards (B,) of one step's rollouts."""
-        step, texts = int(trainer_state.ppo_step), [c if isinstance(c, str) else c[0]["content"] for c in completions]
-        answers = [parse(t, self.agreement.questions[q], self.agreement.task) for q, t in zip(qid, texts, strict=True)]
+        step, texts = (
+            int(trainer_state.ppo_step),
+            [c if isinstance(c, str) else c[0]["content"] for c in completions],
+        )
+        answers = [
+            parse(t, self.agreement.questions[q], self.agreement.task)
+            for q, t in zip(qid, texts, strict=True)
+        ]
         good = [i for i, a in enumerate(answers) if a is not None]
         rewards, worst = np.zeros(len(texts)), None
         if good:

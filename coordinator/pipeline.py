@@ -187,12 +187,12 @@ class Pipeline:
         at = 0 if newest is None else int(newest.name.split("-")[1]) // updates
         if run.metrics.truncate_after(at) or at:
             run.transcript.resume("align", at)
-        journal = Journal(run.path("rewards.jsonl"))
         payload: dict[str, Any] = {}
         reward: FederatedReward | MaxMinReward
         if agreement.system.kind == "maxmin":
             reward, payload["mixture"] = self._maxmin(model, tokenizer)
         else:
+            journal = Journal(run.path("rewards.jsonl"))
             reward = FederatedReward(
                 agreement, self.rounds, journal, c.task.format_penalty, self._seen(), stamp=self._trained
             )
@@ -208,7 +208,8 @@ class Pipeline:
         try:
             trainer.train(resume_from_checkpoint=newest)
         finally:
-            journal.close()
+            if isinstance(reward, FederatedReward):
+                reward.journal.close()
         self.rounds.close()
         trainer.save_policy(run.path("policy"))
         return payload

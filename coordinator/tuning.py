@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from appa_secure.agreement import SYSTEM, Agreement
 from appa_secure.aggregation.spec import jain_to_index
+from appa_secure.agreement import SYSTEM, Agreement
 from appa_secure.config import Config
 from appa_secure.errors import RunError
 from appa_secure.language import adapted, pack_policy
@@ -37,7 +37,9 @@ def ask_patiently(rounds: Rounds, payload: dict[str, Any], size: int) -> Summed:
         if isinstance(summed, Summed):
             return summed
     assert isinstance(summed, NotOpened)
-    raise RunError(f"round {payload['step']} was discarded {_PATIENCE} times, the last because: {summed.reason}")
+    raise RunError(
+        f"round {payload['step']} was discarded {_PATIENCE} times, the last because: {summed.reason}"
+    )
 
 
 def tune_policy(
@@ -87,7 +89,9 @@ def tune_policy(
         groups = len(summed.contributors)
         theta, m, v = (
             x.astype(np.float32)
-            for x in adam(theta, m, v, summed.sum[:-3] / weight, step, config.system.server_lr * decay(step, ppo.steps))
+            for x in adam(
+                theta, m, v, summed.sum[:-3] / weight, step, config.system.server_lr * decay(step, ppo.steps)
+            )
         )
         answers = [parse(t, questions[q], task) for q, t in zip(qids, texts, strict=True)]
         malformed = sum(a is None for a in answers)
@@ -118,6 +122,7 @@ def asked_questions(train: Sequence[str], count: int, step: int, seed: int) -> l
     """The questions of round number `step` (from 1): one seeded permutation of all of them after the other."""
     wanted = range((step - 1) * count, step * count)
     orders = {
-        i: np.random.default_rng([seed, 0xA5, i]).permutation(len(train)) for i in {at // len(train) for at in wanted}
+        i: np.random.default_rng([seed, 0xA5, i]).permutation(len(train))
+        for i in {at // len(train) for at in wanted}
     }
     return [train[int(orders[at // len(train)][at % len(train)])] for at in wanted]
