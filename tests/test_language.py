@@ -79,7 +79,9 @@ def test_a_policy_survives_being_sent(policy) -> None:
     assert words(PROMPTS)["input_ids"] == tokenizer(PROMPTS)["input_ids"]
     prompts, rows = tokens(words)
     with torch.no_grad():
-        for a, b in zip(answer_logits(model, 0, prompts, rows), answer_logits(there, 0, prompts, rows), strict=True):
+        for a, b in zip(
+            answer_logits(model, 0, prompts, rows), answer_logits(there, 0, prompts, rows), strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 

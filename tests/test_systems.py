@@ -22,7 +22,9 @@ from appa_secure.systems import (
     segments,
 )
 
-REWARDS = st.lists(st.one_of(st.just(math.nan), st.sampled_from([0.0, 0.25, 0.5, 1.0])), min_size=2, max_size=12)
+REWARDS = st.lists(
+    st.one_of(st.just(math.nan), st.sampled_from([0.0, 0.25, 0.5, 1.0])), min_size=2, max_size=12
+)
 
 
 @given(REWARDS)
@@ -38,7 +40,10 @@ def test_labels_of_pairs_are_what_comparing_one_by_one_says(values: list[float])
     assert preferences(np.array(values)).tolist() == expected
 
 
-@given(st.lists(st.floats(-20, 20), min_size=4, max_size=4), st.lists(st.sampled_from([-1, 0, 1]), min_size=2, max_size=2))
+@given(
+    st.lists(st.floats(-20, 20), min_size=4, max_size=4),
+    st.lists(st.sampled_from([-1, 0, 1]), min_size=2, max_size=2),
+)
 def test_the_likelihood_of_preferences_is_bradley_terrys(values: list[float], labels: list[int]) -> None:
     found = float(log_likelihood(torch.tensor(values, dtype=torch.float64), torch.tensor(labels)))
     terms = []
@@ -53,11 +58,15 @@ def test_the_likelihood_of_preferences_is_bradley_terrys(values: list[float], la
 def test_an_answer_is_read_against_its_question_only() -> None:
     rng = np.random.default_rng(1)
     embeddings = {"a": rng.standard_normal((3, 4)), "b": rng.standard_normal((2, 4))}
-    points = answer_points(embeddings, ["a", "b", "a"], [np.array([1.0, 0.5, 0.0]), np.ones(2), np.array([0, 1.0, 0])])
+    points = answer_points(
+        embeddings, ["a", "b", "a"], [np.array([1.0, 0.5, 0.0]), np.ones(2), np.array([0, 1.0, 0])]
+    )
     assert points.shape == (3, 8)
     np.testing.assert_allclose(points[0, :4], embeddings["a"].mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(points[1, 4:], 0.0, atol=1e-7)  # an answer without a preference
-    np.testing.assert_allclose(points[0, 4:], np.array([2, 1, 0]) / 3 @ embeddings["a"] - embeddings["a"].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(
+        points[0, 4:], np.array([2, 1, 0]) / 3 @ embeddings["a"] - embeddings["a"].mean(0), rtol=1e-5
+    )
     np.testing.assert_allclose(points[2, 4:], embeddings["a"][1] - embeddings["a"].mean(0), rtol=1e-5)
 
 
