@@ -363,22 +363,19 @@ class Client:
         """The policy that clients will train, and keep as the reference."""
         if self._state["history"]:
             raise Refusal("OutOfOrder", "alignment has begun; the reference policy cannot change any more")
+        self._tuning = self._tuner(body)
         self._store.keep_policy(body)
-        self._tuning = None
         return pack(REPLIES, "policy")
+
+    def _tuner(self, policy: Mapping[str, Any] | None) -> Tuner:
+        key = self._state["noise_key"]
+        return make_tuner(self.agreement, self._targets(), self._data, self._embeddings, policy, key)
 
     def _tune(self, body: Mapping[str, Any]) -> bytes:
         a, step = self.agreement, body["step"]
         self._check_session(body, SYSTEM)
         if self._tuning is None:
-            self._tuning = make_tuner(
-                a,
-                self._targets(),
-                self._data,
-                self._embeddings,
-                self._store.policy(),
-                self._state["noise_key"],
-            )
+            self._tuning = self._tuner(self._store.policy())
         rollouts = read_rollouts(body, a)
         vector = unpack_vector(body["parameters"], COORDINATOR, "tune.parameters", self._tuning.asked)
         sent, after = self._tuning.contribution(vector, rollouts, self._committed(step, body["opened"]), step)

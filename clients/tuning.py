@@ -25,7 +25,7 @@ from appa_secure.messages import unpack_vector
 from appa_secure.predictor import flatten, unflatten
 from appa_secure.privacy.noise import sampler
 from appa_secure.rewards import Scorer
-from appa_secure.secagg.errors import BadEncoding, RemoteMisbehaviour
+from appa_secure.secagg.errors import BadEncoding, ProtocolError, RemoteMisbehaviour
 from appa_secure.secagg.keys import COORDINATOR
 from appa_secure.systems import (
     FLOOR,
@@ -346,7 +346,9 @@ def make_tuner(
             policy, lambda raw, size: unpack_vector(raw, COORDINATOR, "policy.weights", size)
         )
         model = adapted(model, None if spec.adapter is None else json.loads(spec.adapter))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except ProtocolError:
+        raise
+    except Exception as error:  # the tokenizer library raises nothing narrower
         raise RemoteMisbehaviour(COORDINATOR, f"policy: cannot be read ({type(error).__name__})") from None
     wanted = (
         {q: data.distribution(q) for q in agreement.questions if data.has(q)}

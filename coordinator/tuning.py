@@ -61,6 +61,7 @@ def tune_policy(
     ask(rounds.federation, "policy", **pack_policy(model, tokenizer))
     model = adapted(model, None if config.policy.lora is None else config.policy.lora.model_dump())
     path = run.path("policy") / "tuning.npz"
+    path.parent.mkdir(exist_ok=True)
     if path.exists():
         with np.load(path) as stored:
             done, theta, m, v = int(stored["round"]), stored["theta"], stored["m"], stored["v"]

@@ -98,7 +98,7 @@ def test_weights_without_a_normaliser_are_those_of_exponentiated_gradient(losses
         histories = [raised_history(h, loss, spec) for h, loss in zip(histories, row, strict=True)]
         weights = np.array([group_weight(h, spec) for h in histories])
         np.testing.assert_allclose(weights / weights.sum(), alpha, rtol=1e-9)
-        assert (0 < weights).all()
+        assert (weights > 0).all()
         assert (weights <= 1).all()
 
 
@@ -226,8 +226,7 @@ def test_several_local_steps_add_up_and_stay_within_the_layout() -> None:
 
 
 def replaced(one: PolicyTuner, **changes: object) -> PolicyTuner:
-    other = tuner(replace(one.spec, **changes))
-    return other
+    return tuner(replace(one.spec, **changes))
 
 
 def test_a_policy_that_overflows_gives_zeros_and_not_a_telling_refusal() -> None:
