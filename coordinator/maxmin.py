@@ -21,6 +21,7 @@ import torch
 
 from appa_secure.agreement import Agreement
 from appa_secure.config import Config
+from appa_secure.errors import RunError
 from appa_secure.predictor import unflatten
 from appa_secure.records import RunDir
 from appa_secure.systems import AnswerReward, answer_points, initial_mixture
@@ -119,6 +120,8 @@ def _pairs(agreement: Agreement, drawn: Sequence[Sequence[str]]) -> tuple[list[s
         good = good[: len(good) // 2 * 2]
         qids += [qid] * len(good)
         texts += good
+    if not qids:
+        raise RunError("no question got two readable answers to compare: raise policy.warmup_steps")
     return qids, texts
 
 
