@@ -191,21 +191,18 @@ class AggregationConfig(Section):
 
 class SystemConfig(Section):
     kind: Literal["appa", "grdpo", "gripo", "fedrlhf", "sft", "maxmin"] = _about(
-        "appa", "how the policy is trained: PPO on the aggregated reward, or another system of the field"
+        "appa", "how the policy is trained: PPO on the aggregated reward, or another way"
     )
-    beta: Positive = _about(0.1, "grdpo, gripo: pull towards the warmed-up policy (beta, tau of the papers)")
-    eta: float = _about(0.1, "grdpo, gripo: step size of the groups' weights, per relative loss", ge=0)
-    contrast: float = _about(100.0, "grdpo, gripo: largest ratio between two groups' weights", ge=1, le=1e6)
-    human_weight: Positive = _about(
-        1.0, "fedrlhf: weight of a group's own reward beside the reward of a readable answer (lambda)"
-    )
+    beta: Positive = _about(0.1, "grdpo, gripo: pull towards the warmed-up policy")
+    eta: float = _about(0.1, "grdpo, gripo: step size of the groups' weights", ge=0)
+    contrast: float = _about(100.0, "grdpo, gripo: largest ratio of two weights", ge=1, le=1e6)
+    human_weight: Positive = _about(1.0, "fedrlhf: weight of a group's own reward (lambda)")
     labels: Literal["predicted", "raw"] = _about(
-        "predicted",
-        "sft: answers from each group's private predictions, or its raw shares (privacy=off only)",
+        "predicted", "sft: answers from private predictions; raw shares only with privacy=off"
     )
     clusters: Count = _about(2, "maxmin: reward models of the mixture")
-    rounds: Count = _about(60, "maxmin: rounds of expectation-maximisation before the policy is trained")
-    free_rounds: int = _about(10, "maxmin: first rounds, in which clients keep the cluster they drew", ge=0)
+    rounds: Count = _about(60, "maxmin: rounds of expectation-maximisation")
+    free_rounds: int = _about(10, "maxmin: first rounds, in which clients do not choose", ge=0)
     local_steps: Count = _about(1, "SGD steps of a client in one round")
     lr: Positive = _about(0.1, "clients' learning rate (SGD); matters only with several local steps")
     clip: Positive = _about(1.0, "largest gradient norm of a client's step; bounds what it sends")

@@ -124,7 +124,7 @@ REFUSED = [
     ("aggregaton=appa", "aggregaton", "did you mean aggregation=appa"),
     ("ppo.stps=3", "ppo.stps", "ppo.steps=3"),
     ("steps=3", "steps", "ppo.steps=3"),
-    ("lr=1", "lr", "predictor.lr=1, ppo.lr=1"),
+    ("lr=1", "lr", "predictor.lr=1, system.lr=1, ppo.lr=1"),
     ("nonsense.whatever=1", "nonsense.whatever", "appa-secure run --help"),
     ("aggregation=apa", "aggregation", "aggregation=appa"),
     ("aggregation=zzzz", "aggregation", "appa|average|max|min"),
@@ -197,6 +197,14 @@ REFUSED = [
     ("secagg.ring_bits=32 aggregation=min", "aggregation.sharpness", "secagg.ring_bits=64"),
     ("aggregation=max aggregation.sharpness=80", "aggregation.sharpness", "rounding"),
     ("aggregation.temperature=0.01", "aggregation.temperature", "rounding"),
+    ("system=grdpo secagg=cohort federation.members_per_group=5", "secagg.mode", "one client for a group"),
+    ("system=sft secagg=clear federation.members_per_group=2", "federation.members_per_group", "system=appa"),
+    ("system=fedrlhf secagg.ring_bits=32 aggregation=average", "secagg.ring_bits", "secagg.ring_bits=64"),
+    ("system=grdpo ppo.generations=3 ppo.minibatch_size=32", "ppo.generations", "pairs of answers"),
+    ("system=maxmin ppo.generations=3 ppo.minibatch_size=32", "ppo.generations", "ppo.generations=4"),
+    ("system=sft system.labels=raw", "system.labels", "privacy=off"),
+    ("system=grdpo system.labels=raw privacy=off", "system.labels", "predicted preferences"),
+    ("system=maxmin system.rounds=10", "system.free_rounds", "system.free_rounds=2"),
     ("ppo.minibatch_size=63", "ppo.minibatch_size", "ppo.minibatch_size=64"),
 ]
 
@@ -269,6 +277,8 @@ def test_simulation_without_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         ("privacy.delta=0.01", "1e-6 is usual"),
         ("ppo.steps=5", "final one"),
         (f"experiment=globalopinionqa_8 data.path={HERE}", "1000 respondents"),
+        ("system=grdpo", "plays no part"),
+        ("system=maxmin", "one member"),
     ],
 )
 def test_notes_say_what_a_choice_means(overrides: str, word: str) -> None:
