@@ -218,7 +218,7 @@ class FederationConfig(Section):
 
 
 class PPOConfig(Section):
-    steps: Count = _about(60, "PPO steps")
+    steps: Count = _about(60, "PPO steps, or rounds in which clients train the policy")
     prompts_per_step: Count = _about(32, "questions asked per step")
     generations: int = _about(4, "answers sampled per question", ge=2)
     epochs: Count = _about(2, "passes over each step's rollouts")

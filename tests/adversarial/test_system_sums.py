@@ -29,9 +29,7 @@ def test_a_sum_of_dpo_gradients_tells_how_many_voted_for_each_answer() -> None:
     for i in range(0, len(QIDS), 2):
         alone = rollouts(QIDS[i : i + 2], TEXTS[i : i + 2])
         label = preferences(groups[0].scorer.score(alone.qids, alone.answers))[0]
-        columns.append(
-            label * tuner(spec).contribution(policy, alone, None, 1)[0][:-3] / (len(TEXTS) // 2)
-        )
+        columns.append(label * tuner(spec).contribution(policy, alone, None, 1)[0][:-3] / (len(TEXTS) // 2))
     votes = np.linalg.lstsq(np.stack(columns, axis=1), total[:-3], rcond=None)[0]
     labels = [preferences(g.scorer.score(seen.qids, seen.answers)) for g in groups]
     np.testing.assert_allclose(votes, np.sum(labels, axis=0), atol=0.02)
