@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from appa_secure.predictor import flatten
+from appa_secure.predictor import flatten, pad_options
 
 KINDS = ("appa", "grdpo", "gripo", "fedrlhf", "sft", "maxmin")
 PAIRED = ("grdpo", "gripo", "maxmin")  # learn from pairs of answers to one question
@@ -103,11 +103,48 @@ def preferences(rewards: np.ndarray) -> np.ndarray:
 # -- reward models of `maxmin` -----------------------------------------------------------------------------------
 
 
-class AnswerReward(nn.Module):
-    """r(question, answer) as a small network on public embeddings, (N, 2E) -> (N,); see `answer_points`."""
+@dataclass(frozen=True)
+class Comparable:
+    """Answers as a reward model reads them: N answers to Q questions of at most K options.
 
-    def __init__(self, embedding: int) -> None:
+    options: (Q, K, 2E), each option's embedding beside the mean of its question's; mask: (Q, K) real options; question:
+    (N,) index; shares: (N, K), an answer's values over their sum.
+    """
+
+    options: Tensor
+    mask: Tensor
+    question: Tensor
+    shares: Tensor
+
+
+def comparable(
+    embeddings: Mapping[str, np.ndarray], qids: Sequence[str], answers: Sequence[np.ndarray]
+) -> Comparable:
+    """Answers to questions, as `tasks.parse` returns them."""
+    at = {q: i for i, q in enumerate(dict.fromkeys(qids))}
+    options, mask = pad_options([embeddings[q] for q in at])
+    middle = torch.from_numpy(np.stack([embeddings[q].mean(axis=0) for q in at])).float()
+    shares = np.zeros((len(qids), mask.shape[1]), dtype=np.float32)
+    for row, answer in zip(shares, answers, strict=True):
+        row[: len(answer)] = answer / answer.sum()
+    return Comparable(
+        torch.cat([options, middle.unsqueeze(1).expand_as(options)], dim=2),
+        mask,
+        torch.tensor([at[q] for q in qids]),
+        torch.from_numpy(shares),
+    )
+
+
+class AnswerReward(nn.Module):
+    """r(question, answer) = -c·|a - p(question)|², p a distribution over options from public embeddings.
+
+    The ideal point p bounds what can be gained: a free-form network of this size is soon driven where nothing was
+    compared. `cumulative` compares cumulated shares, as the Wasserstein reward does.
+    """
+
+    def __init__(self, embedding: int, cumulative: bool) -> None:
         super().__init__()
+        self.cumulative = cumulative
         self.net = nn.Sequential(
             nn.Linear(2 * embedding, WIDTH),
             nn.GELU(),
@@ -115,32 +152,22 @@ class AnswerReward(nn.Module):
             nn.GELU(),
             nn.Linear(WIDTH, 1),
         )
+        self.log_scale = nn.Parameter(torch.tensor(2.0))
 
-    def forward(self, points: Tensor) -> Tensor:
-        """Rewards; only differences between answers to one question mean anything (Bradley and Terry 1952)."""
-        rewards: Tensor = self.net(points).squeeze(-1)
-        return rewards
+    def forward(self, x: Comparable) -> Tensor:
+        """(N,) rewards; only differences between answers to one question mean anything (Bradley and Terry 1952)."""
+        logits = self.net(x.options).squeeze(-1).masked_fill(~x.mask, float("-inf"))
+        gap = x.shares - torch.softmax(logits, dim=1)[x.question]  # (N, K)
+        if self.cumulative:
+            gap = gap.cumsum(1)
+        return -self.log_scale.exp() * (gap * gap).sum(1)
 
 
 def initial_mixture(clusters: int, embedding: int, seed: int) -> np.ndarray:
     """Parameters (K, P) float32 of the reward models before training, a function of the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return np.stack([flatten(AnswerReward(embedding)) for _ in range(clusters)])
-
-
-def answer_points(
-    embeddings: Mapping[str, np.ndarray], qids: Sequence[str], answers: Sequence[np.ndarray]
-) -> Tensor:
-    """(N, 2E): the question as the mean x of its options' embeddings x_k, the answer as Σ_k (a_k - 1/K)·x_k.
-
-    answers: as `tasks.parse` returns them, each divided by its sum first.
-    """
-    rows = [
-        np.concatenate([embeddings[q].mean(axis=0), (a / a.sum() - 1.0 / len(a)) @ embeddings[q]])
-        for q, a in zip(qids, answers, strict=True)
-    ]
-    return torch.from_numpy(np.stack(rows).astype(np.float32))
+        return np.stack([flatten(AnswerReward(embedding, False)) for _ in range(clusters)])
 
 
 def log_likelihood(rewards: Tensor, labels: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from appa_secure.systems import (
     FLOOR,
     AnswerReward,
     SystemSpec,
-    answer_points,
+    comparable,
     log_likelihood,
     preferences,
 )
@@ -278,7 +278,7 @@ class ClusterTuner:
     ) -> None:
         """drawn: the cluster this client keeps for the first `free_rounds` rounds, drawn in secret."""
         self.spec, self.scorer, self.embeddings, self.drawn = spec, scorer, embeddings, drawn
-        self.model = AnswerReward(next(iter(embeddings.values())).shape[1])
+        self.model = AnswerReward(next(iter(embeddings.values())).shape[1], scorer.kind == "wasserstein")
 
     @property
     def size(self) -> int:
@@ -299,10 +299,10 @@ class ClusterTuner:
         """
         spec, models = self.spec, vector.reshape(self.spec.clusters, -1)
         labels = torch.from_numpy(preferences(self.scorer.score(rollouts.qids, rollouts.answers))).float()
-        points = answer_points(self.embeddings, rollouts.qids, [a for a in rollouts.answers if a is not None])
+        answers = comparable(self.embeddings, rollouts.qids, [a for a in rollouts.answers if a is not None])
 
         def likelihood() -> Tensor:
-            return log_likelihood(self.model(points), labels)
+            return log_likelihood(self.model(answers), labels)
 
         with torch.no_grad():
             found = []

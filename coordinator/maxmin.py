@@ -24,7 +24,7 @@ from appa_secure.config import Config
 from appa_secure.errors import RunError
 from appa_secure.predictor import unflatten
 from appa_secure.records import RunDir
-from appa_secure.systems import AnswerReward, answer_points, initial_mixture
+from appa_secure.systems import AnswerReward, comparable, initial_mixture
 from appa_secure.tasks import parse, prompt
 from coordinator.predictor import adam, decay, save_state
 from coordinator.rounds import Rounds
@@ -147,7 +147,8 @@ class MaxMinReward:
         seen: Callable[..., None] | None = None,
     ) -> None:
         self.agreement, self.embeddings, self.seen = agreement, embeddings, seen
-        self.models = [AnswerReward(next(iter(embeddings.values())).shape[1]) for _ in mixture.models]
+        embedding, cumulative = next(iter(embeddings.values())).shape[1], agreement.reward == "wasserstein"
+        self.models = [AnswerReward(embedding, cumulative) for _ in mixture.models]
         for model, vector in zip(self.models, mixture.models, strict=True):
             unflatten(model, vector)
         self.rows: dict[int, dict[str, Any]] = {}
@@ -200,5 +201,5 @@ class MaxMinReward:
 
     def _raw(self, qids: Sequence[str], answers: Sequence[Any]) -> np.ndarray:
         with torch.no_grad():
-            points = answer_points(self.embeddings, qids, answers)
+            points = comparable(self.embeddings, qids, answers)
             return np.stack([model(points).double().numpy() for model in self.models])  # (K, N)

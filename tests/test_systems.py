@@ -15,7 +15,7 @@ from appa_secure.systems import (
     KINDS,
     AnswerReward,
     SystemSpec,
-    answer_points,
+    comparable,
     initial_mixture,
     log_likelihood,
     preferences,
@@ -55,26 +55,29 @@ def test_the_likelihood_of_preferences_is_bradley_terrys(values: list[float], la
     assert found == pytest.approx(np.mean(terms) if terms else -math.log(2))
 
 
-def test_an_answer_is_read_against_its_question_only() -> None:
+@pytest.mark.parametrize("cumulative", [False, True])
+def test_a_reward_is_the_distance_to_an_ideal_point_of_the_question(cumulative: bool) -> None:
     rng = np.random.default_rng(1)
-    embeddings = {"a": rng.standard_normal((3, 4)), "b": rng.standard_normal((2, 4))}
-    points = answer_points(
-        embeddings, ["a", "b", "a"], [np.array([1.0, 0.5, 0.0]), np.ones(2), np.array([0, 1.0, 0])]
-    )
-    assert points.shape == (3, 8)
-    np.testing.assert_allclose(points[0, :4], embeddings["a"].mean(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(points[1, 4:], 0.0, atol=1e-7)  # an answer without a preference
-    np.testing.assert_allclose(
-        points[0, 4:], np.array([2, 1, 0]) / 3 @ embeddings["a"] - embeddings["a"].mean(0), rtol=1e-5
-    )
-    np.testing.assert_allclose(points[2, 4:], embeddings["a"][1] - embeddings["a"].mean(0), rtol=1e-5)
+    embeddings = {q: rng.standard_normal((k, 4)).astype(np.float32) for q, k in (("a", 3), ("b", 2))}
+    qids, answers = ["a", "b", "a"], [np.array([1.0, 0.5, 0.0]), np.array([0.3, 0.7]), np.array([0, 1.0, 0])]
+    model = AnswerReward(4, cumulative)
+    with torch.no_grad():
+        found = model(comparable(embeddings, qids, answers))
+        for r, q, a in zip(found.tolist(), qids, answers, strict=True):
+            x = embeddings[q]
+            logits = model.net(
+                torch.from_numpy(np.concatenate([x, np.tile(x.mean(axis=0), (len(x), 1))], axis=1))
+            )
+            gap = a / a.sum() - torch.softmax(logits[:, 0], dim=0).numpy()
+            expected = -np.exp(2.0) * (np.square(np.cumsum(gap) if cumulative else gap)).sum()
+            assert r == pytest.approx(expected, rel=1e-4)
 
 
 def test_reward_models_begin_apart_and_the_same_every_time() -> None:
     first, again = initial_mixture(3, 5, seed=1), initial_mixture(3, 5, seed=1)
     np.testing.assert_array_equal(first, again)
-    assert first.shape == (3, len(flatten(AnswerReward(5))))
-    assert len(np.unique(first[:, 0])) == 3
+    assert first.shape == (3, len(flatten(AnswerReward(5, True))))
+    assert len(np.unique(first[:, 5])) == 3
     assert not np.array_equal(first, initial_mixture(3, 5, seed=2))
 
 
