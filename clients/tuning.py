@@ -187,9 +187,10 @@ class PolicyTuner:
         with torch.no_grad():
             unflatten(self.model, self.reference)
             reference = logps()[0].sum(1)  # (N,)
-            unflatten(self.model, vector)
-            old, mask = logps()
         if spec.kind == "fedrlhf":
+            unflatten(self.model, vector)
+            with torch.no_grad():
+                old, mask = logps()
             advantages = self._advantages(rewards, (old.sum(1) - reference).double().numpy())
             return lambda: clipped_policy_loss(logps()[0], old, advantages, mask, spec.ratio_clip)
         labels = torch.from_numpy(preferences(rewards)).float()  # (N/2,)
