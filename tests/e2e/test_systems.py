@@ -22,7 +22,7 @@ def finished(root: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Pa
         [
             "experiment=smoke", "name=run", f"output_root={root}/runs", f"federation.client_root={root}/clients",
             "embedder.cache_dir=null", "data.group_count=5", "data.questions=12", "data.context=4", "privacy.accountant=rdp",
-            "policy.dim=32", "policy.layers=1", "policy.warmup_steps=40", "policy.warmup_lr=0.01", "ppo.steps=2",
+            "policy.dim=32", "policy.layers=1", "policy.warmup_steps=70", "policy.warmup_lr=0.01", "ppo.steps=2",
             "system.rounds=3", "system.free_rounds=1", *overrides,
         ]
     )  # fmt: skip
