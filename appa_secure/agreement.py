@@ -34,10 +34,13 @@ from appa_secure.secagg.policy import (
     most_colluders,
     threshold_for,
 )
+from appa_secure.systems import SystemSpec
+from appa_secure.systems import segments as system_segments
 from appa_secure.tasks import MAX_WEIGHT
 
 PREDICTOR = "predictor"
 REWARD = "reward"
+SYSTEM = "system"
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Agreement:
     embedder: str
     max_weight: int = MAX_WEIGHT  # of an answer that is a distribution
     true_rewards: bool = False  # rewards from raw answers instead of predictions: simulations without privacy
+    system: SystemSpec = field(default_factory=SystemSpec)
     version: int = 0  # of the membership in force; not digested, as a run is founded once
     period: int = 0  # see `appa_secure.membership`
     output: OutputPlan | None = None  # noise on the reward sums
@@ -146,6 +150,10 @@ class Agreement:
         groups = set(self.groups.values())
         return min(len(self.members(g)) for g in groups) if self.cohort else len(self.groups)
 
+    def system_layout(self, size: int) -> Layout:
+        """What one client sends towards a model of `size` parameters (`appa_secure.systems`)."""
+        return Layout(tuple(Segment(*part) for part in system_segments(self.system, size)), self.ring_bits)
+
     def sessions(self, client: str) -> dict[str, tuple[Directory, ClientPolicy]]:
         """The secure-aggregation sessions a client takes part in: name -> (directory, the client's own policy)."""
         everyone = ClientPolicy(
@@ -156,7 +164,8 @@ class Agreement:
             self.output.colluders if self.output else None,
         )  # fmt: skip
         if not self.cohort:
-            return {PREDICTOR: (self.directory, everyone), REWARD: (self.directory, policy)}
+            aligning = REWARD if self.system.kind == "appa" else SYSTEM
+            return {PREDICTOR: (self.directory, everyone), aligning: (self.directory, policy)}
         members = self.members(self.groups[client])
         return {
             PREDICTOR: (self.directory, everyone),
@@ -211,6 +220,7 @@ class Agreement:
                     "output": None if self.output is None else asdict(self.output),
                     "embedder": self.embedder,
                     "answers": [self.max_weight, self.true_rewards],
+                    "system": asdict(self.system),
                 }
             )
         ).digest()  # fmt: skip
@@ -250,6 +260,18 @@ def context_multiplier(config: Config) -> float:
     return p.context_noise / sensitivity.histograms(p.unit, p.answers_per_unit)
 
 
+def make_system(config: Config) -> SystemSpec:
+    """The system of a configured run."""
+    s, p = config.system, config.ppo
+    return SystemSpec(
+        kind=s.kind, beta=s.beta, eta=s.eta, contrast=s.contrast, local_steps=s.local_steps, lr=s.lr,
+        clip=s.clip, ratio_clip=p.clip, kl_coef=p.kl_coef, human_weight=s.human_weight,
+        format_reward=config.task.format_penalty, labels=s.labels, generations=p.generations,
+        temperature=p.temperature, clusters=s.clusters, free_rounds=s.free_rounds, style=config.task.style,
+        adapter=None if config.policy.lora is None else canonical_json(config.policy.lora.model_dump()).decode(),
+    )  # fmt: skip
+
+
 def make_agreement(
     config: Config,
     run: str,
@@ -285,6 +307,7 @@ def make_agreement(
         embedder=embedder,
         max_weight=config.task.max_weight,
         true_rewards=config.predictor.kind == "truth",
+        system=make_system(config),
         secure_rng=p.secure_rng,
         truth=config.evaluation.truth,
     )  # fmt: skip

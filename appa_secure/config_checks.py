@@ -20,7 +20,7 @@ from appa_secure.tasks import MAX_WEIGHT
 
 if TYPE_CHECKING:
     from appa_secure.aggregation import AggregationSpec
-    from appa_secure.config import AggregationConfig, Config
+    from appa_secure.config_sections import AggregationConfig, Config
 
 # Bits of relative precision that must be left of the smallest exponential a client adds to a fixed-point sum.
 _EXP_PRECISION_BITS = 8
@@ -51,7 +51,7 @@ def as_yaml(value: object) -> str:
 def problems(config: Config) -> list[Problem]:
     """Impossible combinations, in the order of the sections."""
     rules = (
-        _task, _data, _shapes, _centralised, _privacy, _secagg, _output_noise, _aggregation, _ppo, _evaluation,
+        _task, _data, _shapes, _centralised, _privacy, _secagg, _output_noise, _aggregation, _system, _ppo, _evaluation,
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
@@ -59,59 +59,6 @@ def problems(config: Config) -> list[Problem]:
 def environment_problems(config: Config) -> list[Problem]:
     """What this machine lacks: local paths that do not exist, extras that are not installed."""
     return [*_paths(config), *_extras(config)]
-
-
-def notes(config: Config) -> tuple[str, ...]:
-    """Allowed choices whose consequences a reader of the results should know; printed when a run starts."""
-    c = config
-    found = []
-    if not c.privacy.enabled:
-        found.append("privacy=off: trained without noise; everything written is stamped 'not private'")
-    if c.secagg.output_epsilon is not None and not c.privacy.secure_rng:
-        found.append(
-            "privacy.secure_rng=false: output noise, too, can be taken off by whoever knows the seed"
-        )
-    if c.privacy.enabled and not c.privacy.secure_rng:
-        found.append(
-            "privacy.secure_rng=false: whoever knows the seed can take the noise off; stamped 'not private'"
-        )
-    if c.predictor.kind == "truth":
-        found.append("predictor=truth: rewards come from true answers; for measuring aggregation rules only")
-    if c.secagg.mode == "clear":
-        found.append("secagg=clear: the coordinator sees every group's rewards; stamped 'not private'")
-    if c.evaluation.truth:
-        found.append("evaluation.truth=true: measured against true distributions; stamped 'not private'")
-    if c.predictor.training != "federated":
-        found.append(
-            f"predictor.training={c.predictor.training}: one trusted party reads all groups' answers; stamped 'not private'"
-        )
-    if c.secagg.mode == "blind" and c.secagg.release == "recover":
-        found.append(
-            "secagg.release=recover with secagg.mode=blind: a coordinator that sees or fakes a dropout can "
-            "subtract two sums and read that group's rewards"
-        )
-    if c.aggregation.kind == "appa" and c.aggregation.variant == "paper" and _release(c) == "recover":
-        found.append(
-            "aggregation.variant=paper cannot be renormalised after a dropout: such a step takes the mean"
-        )
-    if c.privacy.enabled and c.privacy.delta > 1e-3:
-        found.append(
-            f"privacy.delta={c.privacy.delta}: far above one over the number of people; 1e-6 is usual"
-        )
-    if c.data.kind == "globalopinionqa" and c.privacy.enabled and c.privacy.unit == "response":
-        found.append(
-            f"privacy.unit=response on published distributions assumes {c.data.nominal_respondents} "
-            "respondents per question and country (data.nominal_respondents)"
-        )
-    if c.ppo.checkpoint_every > c.ppo.steps:
-        found.append("ppo.checkpoint_every exceeds ppo.steps: the only checkpoint is the final one")
-    return tuple(found)
-
-
-def _release(config: Config) -> str:
-    if config.secagg.release != "auto":
-        return config.secagg.release
-    return "recover" if config.secagg.mode == "cohort" else "abort"
 
 
 def _task(c: Config) -> Iterator[Problem]:
@@ -349,6 +296,55 @@ def _drowned(c: Config) -> Iterator[Problem]:
         yield Problem(
             "aggregation.temperature", aggregation.temperature, f"exp(-(width of the band)/temperature) {drowns}",
             f"aggregation.temperature={least} or a narrower aggregation.band{wider}",
+        )  # fmt: skip
+
+
+def _system(c: Config) -> Iterator[Problem]:
+    system, members = c.system, c.federation.members_per_group
+    if system.kind == "appa":
+        return
+    for name, wrong, field, value, other in (
+        ("answers of a language model", c.policy.kind == "tabular", "policy.kind", "tabular", "policy=tiny"),
+        ("predicted preferences", c.predictor.kind == "truth", "predictor.kind", "truth", "predictor=gpo"),
+        (
+            "sums without output noise", c.secagg.output_epsilon is not None, "secagg.output_epsilon",
+            c.secagg.output_epsilon, "secagg.output_epsilon=null",
+        ),
+    ):  # fmt: skip
+        if wrong:
+            yield Problem(field, value, f"system={system.kind} takes {name}", f"{other}, or system=appa")
+    if c.secagg.mode == "cohort" or members != 1:
+        field, value = (
+            ("secagg.mode", "cohort")
+            if c.secagg.mode == "cohort"
+            else ("federation.members_per_group", members)
+        )
+        yield Problem(
+            field, value, f"system={system.kind} takes one client for a group, and sums over all of them",
+            "secagg=blind with federation.members_per_group=1, or system=appa",
+        )  # fmt: skip
+    if c.secagg.ring_bits != 64:
+        yield Problem(
+            "secagg.ring_bits", c.secagg.ring_bits, f"system={system.kind} sums weighted gradients, too small for it",
+            "secagg.ring_bits=64",
+        )  # fmt: skip
+    if system.kind in ("grdpo", "gripo", "maxmin") and c.ppo.generations % 2:
+        yield Problem(
+            "ppo.generations", c.ppo.generations, f"system={system.kind} learns from pairs of answers to a question",
+            f"ppo.generations={c.ppo.generations + 1}",
+        )  # fmt: skip
+    if system.labels == "raw" and (system.kind != "sft" or c.privacy.enabled):
+        why = (
+            "imitating raw answers is a release that nothing pays for"
+            if system.kind == "sft"
+            else f"system={system.kind} labels answers with predicted preferences"
+        )
+        fix = "system.labels=predicted, or system=sft with privacy=off"
+        yield Problem("system.labels", "raw", why, fix)
+    if system.kind == "maxmin" and system.free_rounds >= system.rounds:
+        yield Problem(
+            "system.free_rounds", system.free_rounds, f"leaves no round of system.rounds={system.rounds} to choose in",
+            f"system.free_rounds={max(0, system.rounds // 4)}",
         )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from appa_secure import config_checks
 from appa_secure.config import Config
+from appa_secure.config_notes import notes
 
 # Standard output carries paths only, so that commands can be chained; everything for people goes here.
 people = Console(stderr=True)
@@ -30,20 +30,20 @@ def choices(config: Config) -> Table:
         ("experiment", f"{c.experiment}, seed {c.seed}"),
         ("data", f"{data}, {names}"),
         ("policy", c.policy.kind + (f" from {c.policy.path}" if c.policy.path else "")),
-        ("reward", f"{c.task.reward}, aggregation {_aggregation(c)}"),
+        ("reward", f"{c.task.reward}, {_system(c)}"),
         ("secure aggregation", f"{c.secagg.mode}, federation {c.federation.kind}"),
         ("privacy", privacy),
         (
             "alignment",
             "none: the run ends with the predictor"
             if c.until == "predictor"
-            else f"{c.ppo.steps} PPO steps of {c.ppo.prompts_per_step} x {c.ppo.generations} answers",
+            else f"{c.ppo.steps} steps of {c.ppo.prompts_per_step} x {c.ppo.generations} answers",
         ),
     )
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value))
-    for note in config_checks.notes(c):
+    for note in notes(c):
         table.add_row(Text("note", style="bold yellow"), Text(note))
     return table
 
@@ -81,8 +81,14 @@ def _figures(summary: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
     )
 
 
-def _aggregation(c: Config) -> str:
-    return f"appa ({c.aggregation.variant})" if c.aggregation.kind == "appa" else c.aggregation.kind
+def _system(c: Config) -> str:
+    if c.system.kind != "appa":
+        return f"system {c.system.kind}"
+    return (
+        f"aggregation appa ({c.aggregation.variant})"
+        if c.aggregation.kind == "appa"
+        else f"aggregation {c.aggregation.kind}"
+    )
 
 
 def _at(tree: Any, keys: tuple[str, ...]) -> Any:

@@ -115,7 +115,7 @@ def align(
 
     Pipeline(
         config, parts.agreement, parts.heldout, federation, directory, progress, parts.nominal,  # type: ignore[arg-type]
-        curator,
+        parts.embeddings, curator,
     ).run()  # fmt: skip
 
 

@@ -82,13 +82,18 @@ def membership_of(agreement: Agreement) -> Membership:
 def renewed(agreement: Agreement, news: Membership) -> Agreement:
     """The agreement with the members of `news` in force; everything else stays.
 
-    Raises ConfigError for what no site should follow: another run, a version that is not newer, fewer parties in a sum
-    than secagg.min_cohort, a client in another group, a sum that could overflow or drown in rounding, output noise of too few.
+    Raises ConfigError for what no site should follow: a system whose members are fixed, another run, a version that is not
+    newer, fewer parties in a sum than secagg.min_cohort, a client in another group, a sum that could overflow or drown in
+    rounding, output noise of too few.
     """
     a = agreement
     new = replace(
         a, groups=dict(news.groups), directory=news.directory, version=news.version, period=news.period
     )
+    if a.system.kind != "appa":
+        raise ConfigError(
+            f"{FILE}: members of system={a.system.kind} stay the same. Fix: take it away, or system=appa in a new run"
+        )
     if news.run != a.plan.run:
         raise ConfigError(f"{FILE} is for run {news.run!r}, this is {a.plan.run!r}. Fix: take the right file")
     if news.version <= a.version:

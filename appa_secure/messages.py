@@ -11,6 +11,8 @@ train    predictor parameters, round request       masked update, ledger row
 freeze   final predictor                           -
 score    rollouts, round request (`paper`: and Z)  masked reward vector (in clear mode: coded, not masked), ledger row of
                                                    its output noise, if any
+policy   warmed-up policy and its tokenizer         -
+tune     model parameters, rollouts, round request  masked update of a policy or reward model, and scalars beside it
 truth    parameters to predict with, or none       true and predicted distributions; only where a site set evaluation.truth
 """
 
@@ -42,6 +44,11 @@ REQUESTS: dict[str, dict[str, str]] = {
         "session": "text", "message": "bytes", "step": "uint", "opened": "uint", "z": "bytes",
         "questions": "[text]", "answers": "[text]",
     },
+    "policy": {"config": "text", "tokenizer": "text", "pad": "text", "end": "text", "weights": "bytes"},
+    "tune": {
+        "session": "text", "message": "bytes", "step": "uint", "opened": "uint", "parameters": "bytes",
+        "questions": "[text]", "answers": "[text]",
+    },
     "truth": {"parameters": "bytes"},
 }  # fmt: skip
 REPLIES: dict[str, dict[str, str]] = {
@@ -51,6 +58,8 @@ REPLIES: dict[str, dict[str, str]] = {
     "train": {"message": "bytes", "ledger": "bytes"},
     "freeze": {},
     "score": {"message": "bytes", "ledger": "bytes"},
+    "policy": {},
+    "tune": {"message": "bytes"},
     "truth": {"distributions": "bytes", "predictions": "bytes"},
     "refusal": {"code": "text", "reason": "text"},
 }

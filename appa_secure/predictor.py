@@ -158,17 +158,22 @@ def predict(model: PreferencePredictor, context: Tensor, embeddings: list[np.nda
 
 
 def flatten(model: nn.Module) -> np.ndarray:
-    """All parameters as one float32 vector (P,), in the order of `named_parameters`."""
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy().copy()
+    """All trained parameters as one float32 vector (P,), in the order of `named_parameters`."""
+    return torch.cat([p.detach().reshape(-1) for p in _trained(model)]).numpy().copy()
 
 
 def unflatten(model: nn.Module, vector: np.ndarray) -> None:
     """Load a vector made by `flatten`. Raises ValueError when its length does not fit."""
-    size = sum(p.numel() for p in model.parameters())
+    size = sum(p.numel() for p in _trained(model))
     if vector.shape != (size,):
-        raise ValueError(f"predictor vector has shape {vector.shape}, the network needs ({size},)")
+        raise ValueError(f"parameter vector has shape {vector.shape}, the network needs ({size},)")
     flat, at = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32)), 0
     with torch.no_grad():
-        for p in model.parameters():
+        for p in _trained(model):
             p.copy_(flat[at : at + p.numel()].view_as(p))
             at += p.numel()
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    """With an adapter on top, the adapter alone."""
+    return [p for p in model.parameters() if p.requires_grad]

@@ -124,6 +124,7 @@ class Scorer:
         self.kind = kind
         self.task = task_of(kind)
         rows = {qid: np.asarray(target, dtype=np.float64) for qid, target in targets.items()}
+        self.targets: Mapping[str, Floats] = rows
         width = max((len(row) for row in rows.values()), default=0)
         self._row = {qid: index for index, qid in enumerate(rows)}
         self._size = np.array([len(row) for row in rows.values()], dtype=np.int64)  # (Q,)

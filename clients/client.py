@@ -11,16 +11,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from appa_secure.aggregation import contribution
-from appa_secure.agreement import PREDICTOR, Agreement
+from appa_secure.agreement import PREDICTOR, SYSTEM, Agreement
 from appa_secure.data import GroupData
-from appa_secure.errors import AppaError, ConfigError, PrivacyError
-from appa_secure.membership import Membership, Scored, renewed
+from appa_secure.errors import ConfigError, PrivacyError
+from appa_secure.membership import Membership, renewed
 from appa_secure.messages import (
     REPLIES,
     REQUESTS,
@@ -35,27 +33,20 @@ from appa_secure.messages import (
 from appa_secure.predictor import PreferencePredictor, context_points, predict, unflatten
 from appa_secure.privacy.ledger import Ledger
 from appa_secure.privacy.noise import subkey
-from appa_secure.privacy.output import MECHANISM
 from appa_secure.rewards import Scorer
 from appa_secure.secagg.client import ClientMachine, PayForNoise
 from appa_secure.secagg.driver import respond
-from appa_secure.secagg.errors import BadEncoding, ProtocolError, RemoteMisbehaviour, ReplayedRound
+from appa_secure.secagg.errors import ProtocolError, RemoteMisbehaviour, ReplayedRound
 from appa_secure.secagg.keys import COORDINATOR, IdentityKey
 from appa_secure.secagg.wire import PROPOSE, peek
-from appa_secure.tasks import parse
 from clients.context import private_histograms, raw_shares
+from clients.errors import Refusal
+from clients.scoring import Scoring
 from clients.store import ClientStore
 from clients.training import LocalTrainer, ShareTrainer, Trainer
+from clients.tuning import Tuner, make_tuner, read_rollouts
 
-_INTO_SUMS = ("train", "secagg", "score")  # requests whose answers can open a sum
-
-
-@dataclass(frozen=True)
-class Refusal(AppaError):
-    """Internal: a request that this client's own configuration does not allow."""
-
-    code: str
-    reason: str
+_INTO_SUMS = ("train", "secagg", "score", "tune")  # requests whose answers can open a sum
 
 
 class Client:
@@ -96,17 +87,14 @@ class Client:
         self.agreement = renewed(agreement, Membership.decode(stored)) if stored else agreement
         if self._state.get("identity"):
             self._identity = IdentityKey.from_seed(self._state["identity"])
-        self._scored = Scored(store.scored_path)
         self._ledger = (
             Ledger(store.ledger_path, client_id, agreement.budget) if agreement.plan.private else None
-        )
-        self._output_ledger = (
-            Ledger(store.output_ledger_path, client_id, agreement.output.budget) if agreement.output else None
         )
         self._machines: dict[str, ClientMachine] = {}
         self._model = PreferencePredictor(agreement.predictor)
         self._trainer: Trainer | None = None
-        self._scorer: Scorer | None = None
+        self._scoring = Scoring(client_id, data, agreement, store, self._state)
+        self._tuning: Tuner | None = None
         self._handlers: dict[str, Callable[[Mapping[str, Any]], bytes]] = {
             "setup": self._setup,
             "context": self._context,
@@ -114,6 +102,8 @@ class Client:
             "train": self._train,
             "freeze": self._freeze,
             "score": self._score,
+            "policy": self._policy,
+            "tune": self._tune,
             "truth": self._truth,
         }
 
@@ -140,6 +130,9 @@ class Client:
     def _answer(self, request: Message) -> bytes:
         if request.kind != "setup" and not self._state.get("run"):
             raise Refusal("OutOfOrder", f"{request.kind} before setup")
+        system = self.agreement.system
+        if request.kind in ("score", "policy", "tune") and request.kind not in system.requests:
+            raise Refusal("NotAgreed", f"{request.kind} has no part in the agreed system={system.kind}")
         if request.kind in _INTO_SUMS:
             aligning = bool(self._state.get("predicted")) or self.agreement.true_rewards
             self._renew(now=aligning and self._begins_epoch(request))
@@ -259,8 +252,8 @@ class Client:
         except ConfigError as error:
             raise Refusal("BadMembership", str(error)) from None
         machines = {session: self._machine(session) for session in self._state["machines"]}
-        if agreement.period != self.agreement.period and (h := self._state["history"]):
-            self._state["history"] = {"floor": max(h.get(k, 0) for k in ("pending_step", "step", "floor"))}
+        if agreement.period != self.agreement.period:
+            self._scoring.restart()
         self.agreement, self._identity, self._state["membership"] = agreement, identity, raw
         sessions = agreement.sessions(self.client_id)
         for session, machine in machines.items():
@@ -354,7 +347,8 @@ class Client:
         self._state["vector"] = {}
         for kind in ("train", "truth"):  # their answers are out of date
             self._state["answered"].pop(kind, None)
-        self._scorer = None
+        self._scoring.forget_targets()
+        self._tuning = None
         return pack(REPLIES, "freeze")
 
     def _predictions(self, vector: np.ndarray, kind: str) -> dict[str, np.ndarray]:
@@ -371,123 +365,46 @@ class Client:
     # -- alignment -------------------------------------------------------------------------------------------------
 
     def _targets(self) -> Scorer:
-        """Rewards against this group's predicted preferences, which come from private artefacts only.
-
-        With predictor=truth against its true answers, where this site allows measuring.
-        """
-        if self._scorer is None:
-            questions = self.agreement.questions
-            if self.agreement.true_rewards:
-                if not self.agreement.truth:
-                    raise Refusal(
-                        "NotAllowed", "evaluation.truth is off at this site: no rewards from true answers"
-                    )
-                targets = {q: self._data.distribution(q) for q in questions if self._data.has(q)}
-            elif self._state.get("predicted"):
-                targets = {q: np.frombuffer(p) for q, p in self._state["predicted"].items()}
-            else:
-                raise Refusal("OutOfOrder", "no predictor yet")
-            ordinals = {q: question.ordinals for q, question in questions.items()}
-            self._scorer = Scorer(self.agreement.reward, targets, ordinals)
-        return self._scorer
-
-    def _rewards(self, qids: Sequence[str], answers: Sequence[np.ndarray]) -> np.ndarray:
-        """This group's rewards of parsed answers, float64 (B,).
-
-        Predictions exist for all questions, true answers may not: a question that this group was not asked then counts
-        as the mean of the others, which moves neither its history nor the policy.
-        """
-        scorer = self._targets()
-        known = [i for i, qid in enumerate(qids) if scorer.knows(qid)]
-        rewards = np.full(len(qids), np.nan)
-        rewards[known] = scorer.score([qids[i] for i in known], [answers[i] for i in known])
-        rewards[np.isnan(rewards)] = rewards[known].mean() if known else 0.5
-        return rewards
+        return self._scoring.targets(self.agreement)
 
     def _score(self, body: Mapping[str, Any]) -> bytes:
-        a, step = self.agreement, body["step"]
+        a = self.agreement
         self._check_session(body, a.reward_session(a.groups[self.client_id]))
-        answers = self._parsed(body)
-        rewards = self._rewards(body["questions"], answers)
-        if a.once_per_period and (barred := self._scored.barred(body["questions"], answers, a.period)):
-            raise Refusal("ScoredBefore", f"{len(barred)} of these answers were scored with other members")
-        history, opened = self._committed(step, body["opened"])
-        if a.once_per_period:
-            self._scored.add(body["questions"], answers, a.period)
-        if a.cohort:
-            vector = rewards
-            # The group's history is the coordinator's; this says that the predictor is final.
-            self._state["history"]["begun"] = 1
-        else:
-            z = self._normaliser(body)
-            try:
-                vector, h = contribution(a.aggregation, rewards, history, z, len(a.clients), opened + 1)
-            except ValueError as error:
-                raise RemoteMisbehaviour(COORDINATOR, f"score: {error}") from None
-            self._state["history"].update(pending=pack_float(h), pending_step=step)
+        vector = self._scoring.vector(a, body)
         rows: list[dict[str, Any]] = []
 
         def pay() -> bytes:
-            rows.append(self._charge_output(body))
+            rows.append(self._scoring.charge_output(a, body))
             return subkey(self._state["noise_key"], "output-noise")
 
-        message = self._send("score", body, vector, a.reward_layout(len(rewards)), pay)
+        message = self._send("score", body, vector, a.reward_layout(len(body["questions"])), pay)
         return pack(REPLIES, "score", message=message, ledger=json.dumps(rows).encode())
 
-    def _charge_output(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Pay for one upload with output noise. Its name has everything the noise is derived from: another round, or
-        other rollouts, is another release, even of the same step; the same upload again is the same release."""
-        assert self.agreement.output is not None
-        assert self._output_ledger is not None
-        round_ = peek(body["message"])
-        name = f"{body['session']}/{round_.epoch}/{round_.round}/{digest('score', body).hex()}"
-        return self._output_ledger.charge(name, self.agreement.output.event, MECHANISM)
+    def _policy(self, body: Mapping[str, Any]) -> bytes:
+        """The policy that clients will train, and keep as the reference."""
+        if self._state["history"]:
+            raise Refusal("OutOfOrder", "alignment has begun; the reference policy cannot change any more")
+        self._tuning = self._tuner(body)
+        self._store.keep_policy(body)
+        return pack(REPLIES, "policy")
 
-    def _normaliser(self, body: Mapping[str, Any]) -> float | None:
-        """The published normaliser, which only the `paper` variant takes from the coordinator; None on the first step."""
-        if self.agreement.needs_normaliser:
-            return unpack_float(body["z"], COORDINATOR, "score.z")
-        if body["z"]:
-            raise RemoteMisbehaviour(
-                COORDINATOR, "score: a normaliser was sent, but this rule's weights do not depend on it"
-            )
-        return None if body["opened"] == 0 else 1.0
+    def _tuner(self, policy: Mapping[str, Any] | None) -> Tuner:
+        key = self._state["noise_key"]
+        return make_tuner(self.agreement, self._targets(), self._data, self._embeddings, policy, key)
 
-    def _parsed(self, body: Mapping[str, Any]) -> list[np.ndarray]:
-        questions, answers = body["questions"], body["answers"]
-        if not questions or len(questions) != len(answers):
-            raise BadEncoding(COORDINATOR, "score: needs as many answers as questions, and at least one")
-        parsed = []
-        for qid, text in zip(questions, answers, strict=True):
-            question = self.agreement.questions.get(qid)
-            a = self.agreement
-            answer = parse(text, question, a.task, a.max_weight) if question is not None else None
-            if answer is None:
-                raise BadEncoding(
-                    COORDINATOR, f"score: not an answer to a question of this survey ({qid!r:.80})"
-                )
-            parsed.append(answer)
-        return parsed
-
-    def _committed(self, step: int, opened: int) -> tuple[float | None, int]:
-        """This group's history before `step`, and how many steps are in it since the period began.
-
-        The pending one counts once the coordinator says its step was opened. The coordinator's own numbers only name
-        steps: counted by them, it could take a rule that weighs later steps differently to its end at once.
-        """
-        h = self._state["history"]
-        pending, last = h.get("pending_step"), h.get("step", 0)
-        if self.agreement.release == "abort" and opened not in (pending, last):
-            # Nothing is opened without this client, so it knows which steps can have been.
-            raise RemoteMisbehaviour(
-                COORDINATOR,
-                f"score: says that step {opened} was opened last, here it was {last} or {pending}",
-            )
-        if step <= max(h.get("floor", 0), pending if opened == pending else last):
-            raise ReplayedRound(COORDINATOR, f"alignment step {step} was opened before")
-        if opened == pending:
-            h.update(current=h.pop("pending"), step=h.pop("pending_step"), steps=h.get("steps", 0) + 1)
-        return unpack_float(h.get("current", b""), "own store", "history"), h.get("steps", 0)
+    def _tune(self, body: Mapping[str, Any]) -> bytes:
+        a, step = self.agreement, body["step"]
+        self._check_session(body, SYSTEM)
+        if self._tuning is None:
+            self._tuning = self._tuner(self._store.policy())
+        rollouts = read_rollouts(body, a)
+        vector = unpack_vector(body["parameters"], COORDINATOR, "tune.parameters", self._tuning.asked)
+        before, _ = self._scoring.committed(a, step, body["opened"])
+        sent, after = self._tuning.contribution(vector, rollouts, before, step)
+        self._state["history"].update(pending=pack_float(after), pending_step=step)
+        return pack(
+            REPLIES, "tune", message=self._send("tune", body, sent, a.system_layout(self._tuning.size))
+        )
 
     # -- measurement -----------------------------------------------------------------------------------------------
 

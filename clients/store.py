@@ -7,6 +7,7 @@ leaves the client; a client killed at any instant therefore never answers one ro
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ IDENTITY = "identity.seed"  # secret
 
 class ClientStore:
     """A directory with `state.cbor` and `scored.bin` (secret), `ledger.jsonl`, `output_ledger.jsonl` where there is
-    output noise; and what the operator puts there."""
+    output noise, `policy.cbor` (public) where clients train the policy; and what the operator puts there."""
 
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
@@ -30,6 +31,7 @@ class ClientStore:
         self.scored_path = root / "scored.bin"
         self.output_ledger_path = root / "output_ledger.jsonl"
         self._path = root / "state.cbor"
+        self._policy = root / "policy.cbor"
         for leftover in root.glob(
             ".*.tmp"
         ):  # of a process killed while saving: secrets of a state nobody keeps
@@ -66,3 +68,12 @@ class ClientStore:
         """Replace the state atomically; returns when it is on disk."""
         atomic_write(self._path, cbor.encode(state))
         os.chmod(self._path, 0o600)
+
+    def keep_policy(self, body: Mapping[str, Any]) -> None:
+        """Keep the warmed-up policy apart from the state, which is written with every answer."""
+        atomic_write(self._policy, cbor.encode(dict(body)))
+
+    def policy(self) -> dict[str, Any] | None:
+        """The policy that was kept; None where there is none."""
+        body = cbor.decode(self._policy.read_bytes()) if self._policy.exists() else None
+        return body if isinstance(body, dict) else None

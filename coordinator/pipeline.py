@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +22,25 @@ from datasets import Dataset
 from transformers.utils import logging as transformers_logging
 
 from appa_secure.agreement import Agreement
-from appa_secure.ceilings import share_of_gain
 from appa_secure.config import Config
 from appa_secure.data import Question
 from appa_secure.errors import PrivacyError
 from appa_secure.journal import atomic_write
-from appa_secure.privacy.output import output_markdown, output_statement
-from appa_secure.privacy.statement import markdown, statement
+from appa_secure.language import lora_config
 from appa_secure.progress import Progress
-from appa_secure.records import STATEMENT_JSON, STATEMENT_MD, Journal, RunDir, environment
+from appa_secure.records import Journal, RunDir
 from appa_secure.tasks import completion_length, parse, prompt, random_answer
 from coordinator import tabular
 from coordinator.evaluate import Evaluator, Truth
-from coordinator.policies import build_policy, lora_config, warm_up
+from coordinator.maxmin import MaxMinReward, drawer, learn_mixture
+from coordinator.policies import build_policy, warm_up
 from coordinator.ppo import PPOTrainer, latest_checkpoint, make_config
 from coordinator.predictor import Sums, record_ledger, train_predictor
 from coordinator.reward import FederatedReward
 from coordinator.rounds import Federation, Rounds, ask
 from coordinator.sampling import sample
+from coordinator.summary import summarise
+from coordinator.tuning import tune_policy
 
 PRIVATE, NOT_PRIVATE = "private", "not private"
 STAMP = "STAMP"
@@ -52,13 +52,14 @@ class Pipeline:
 
     def __init__(
         self, config: Config, agreement: Agreement, heldout: tuple[str, ...], federation: Federation, run: RunDir,
-        progress: Progress, nominal: bool, curator: Sums | None = None,
+        progress: Progress, nominal: bool, embeddings: Mapping[str, np.ndarray], curator: Sums | None = None,
     ) -> None:  # fmt: skip
+        """embeddings: question -> (K, E) of its options, public."""
         self.config, self.agreement, self.heldout = config, agreement, heldout
         self.federation, self.run_dir, self.progress, self.nominal = federation, run, progress, nominal
         self.rounds = Rounds(agreement, federation, run)
+        self.train, self.embeddings = agreement.plan.train, embeddings
         self.curator = curator  # trains the predictor in the clients' place, in a simulation
-        self.train = agreement.plan.train
         self._evaluator: Evaluator | None = None
         apart = not agreement.clear and config.predictor.training == "federated"
         protected = config.privacy.enabled and config.privacy.secure_rng and apart
@@ -175,6 +176,24 @@ class Pipeline:
         return {"valid": outcome.valid, "steps": outcome.steps}
 
     def _align(self) -> dict[str, Any]:
+        """Train the policy by the run's system: at the coordinator, or by updates from the clients."""
+        at_clients = "policy" in self.agreement.system.requests
+        payload = self._align_at_clients() if at_clients else self._align_here()
+        self.rounds.close()
+        self._stamp_folder("policy")
+        return payload
+
+    def _align_at_clients(self) -> dict[str, Any]:
+        model, tokenizer = _load(self.run_dir.path("policy") / "warm")
+        model = tune_policy(
+            self.config, self.agreement, self.rounds, self.run_dir, model, tokenizer, self._new_tokens(), self._seen(),
+            self._record_step,
+        )  # fmt: skip
+        for part in (model, tokenizer):
+            part.save_pretrained(self.run_dir.path("policy"))
+        return {}
+
+    def _align_here(self) -> dict[str, Any]:
         c, agreement, run = self.config, self.agreement, self.run_dir
         checkpoints = run.path("policy") / "checkpoints"
         newest = latest_checkpoint(checkpoints)
@@ -184,33 +203,39 @@ class Pipeline:
             at = tabular.load(agreement, checkpoints)[1]
         if run.metrics.truncate_after(at) or at:
             run.transcript.resume("align", at)
-        journal = Journal(run.path("rewards.jsonl"))
-        reward = FederatedReward(
-            agreement, self.rounds, journal, c.task.format_penalty, self._seen(), stamp=self._trained
-        )
+        payload: dict[str, Any] = {"stopped": None}
+        reward: FederatedReward | MaxMinReward
+        if agreement.system.kind == "maxmin":
+            reward, payload["mixture"] = self._maxmin()
+        else:
+            reward = FederatedReward(
+                agreement, self.rounds, Journal(run.path("rewards.jsonl")), c.task.format_penalty, self._seen(),
+                stamp=self._trained,
+            )  # fmt: skip
+
+        def record(metrics: dict[str, Any]) -> None:
+            self._record_step(metrics, reward.rows[metrics["step"]])
+
         trainer: PPOTrainer | tabular.TabularTrainer
         if self.tabular:
-            trainer = tabular.TabularTrainer(
-                c, agreement, reward, checkpoints, lambda metrics: self._record_step(metrics, reward)
-            )
+            assert isinstance(reward, FederatedReward)
+            trainer = tabular.TabularTrainer(c, agreement, reward, checkpoints, record)
         else:
-            trainer = self._ppo(reward, checkpoints)
-        stopped = None
+            trainer = self._ppo(reward, checkpoints, record)
         try:
             trainer.train(resume_from_checkpoint=newest)
         except PrivacyError as error:
             # A budget is used up. The policy as it is after the last opened step is what there is.
-            stopped = str(error)
-            run.transcript.abort(stopped, stage="align")
-            self.progress.note(f"alignment ended early: {stopped}")
+            payload["stopped"] = str(error)
+            run.transcript.abort(str(error), stage="align")
+            self.progress.note(f"alignment ended early: {error}")
         finally:
-            journal.close()
-        self.rounds.close()
+            if isinstance(reward, FederatedReward):
+                reward.journal.close()
         trainer.save_policy(run.path("policy"))
-        self._stamp_folder("policy")
-        return {"stopped": stopped}
+        return payload
 
-    def _ppo(self, reward: FederatedReward, checkpoints: Path) -> PPOTrainer:
+    def _ppo(self, reward: Any, checkpoints: Path, record: Callable[[dict[str, Any]], None]) -> PPOTrainer:
         c, agreement = self.config, self.agreement
         model, tokenizer = _load(self.run_dir.path("policy") / "warm")
         asked = ((q, agreement.questions[q]) for q in self.train)
@@ -223,9 +248,22 @@ class Pipeline:
             args=make_config(c.ppo, checkpoints, c.seed, self._new_tokens()),
             train_dataset=dataset,
             processing_class=tokenizer,
-            peft_config=lora_config(c.policy),
-            on_step=lambda metrics: self._record_step(metrics, reward),
+            peft_config=lora_config(None if c.policy.lora is None else c.policy.lora.model_dump()),
+            on_step=record,
         )
+
+    def _maxmin(self) -> tuple[MaxMinReward, dict[str, Any]]:
+        """The reward of the learnt mixture, and what the summary says about the mixture."""
+        c, total = self.config, self.config.system.rounds
+        draw = drawer(c, self.agreement, *_load(self.run_dir.path("policy") / "warm"), self._new_tokens())
+        embedding = next(iter(self.embeddings.values())).shape[1]
+        mixture = learn_mixture(
+            c, self.agreement, self.rounds, self.run_dir, draw, embedding,
+            lambda done, likelihood: self.progress.step("mixture", done, total, likelihood=likelihood),
+        )  # fmt: skip
+        self._stamp_folder("mixture")
+        reward = MaxMinReward(self.agreement, mixture, self.embeddings, draw, c.seed, self._seen())
+        return reward, {"members": list(mixture.members), "likelihood": mixture.likelihood}
 
     def _seen(self) -> Callable[..., None] | None:
         """What is measured at each step against the truth; nothing where truth is not to be had."""
@@ -247,9 +285,9 @@ class Pipeline:
 
         return seen
 
-    def _record_step(self, metrics: dict[str, Any], reward: FederatedReward) -> None:
+    def _record_step(self, metrics: dict[str, Any], row: dict[str, Any]) -> None:
+        """One step to metrics.jsonl and the progress line. row: `result` of the aggregation, and what was malformed."""
         step = metrics["step"]
-        row = reward.rows[step]
         result = row["result"] or {}
         spent = self._epsilon()
         self.run_dir.metrics.append(
@@ -257,7 +295,7 @@ class Pipeline:
                 "stamp": self._trained, "step": step, "reward": metrics["reward"], "fi": result.get("fi"),
                 "branch": result.get("branch"),
                 "z": result.get("z_next"), "h_mean": result.get("h_mean"), "soft_min": result.get("soft_min"),
-                "alpha_sum": result.get("alpha_sum"), "kl": metrics["kl"], "entropy": metrics["entropy"],
+                "alpha_sum": result.get("alpha_sum"), "kl": metrics.get("kl"), "entropy": metrics.get("entropy"),
                 "malformed": row["malformed"], "opened": row["opened"], "epsilon": spent,
                 "seconds": metrics["seconds"], "seconds_reward": metrics.get("seconds_reward"),
             }
@@ -297,6 +335,14 @@ class Pipeline:
             name: evaluator.policy(generate, qids, c.evaluation.samples) for name, qids in self._measured()
         }
 
+    def _summary(self) -> dict[str, Any]:
+        ceilings = None
+        if self.config.evaluation.truth and self.config.until == "align":
+            ceilings = {split: self._measuring().ceilings(qids) for split, qids in self._measured()}
+        return summarise(
+            self.config, self.agreement, self.run_dir, self.stamp, self.nominal, len(self.heldout), ceilings
+        )
+
     # -- helpers ---------------------------------------------------------------------------------------------------
 
     @property
@@ -329,93 +375,6 @@ class Pipeline:
     def _epsilon(self) -> float | None:
         return max((float(row["epsilon"]) for row in self.run_dir.ledger), default=None)
 
-    # -- summary ---------------------------------------------------------------------------------------------------
-
-    def _summary(self) -> dict[str, Any]:
-        c, run, agreement = self.config, self.run_dir, self.agreement
-        stages = {name: run.stage_done(name) or {} for name in _STAGES}
-        alignment = ceilings = closed = gained = None
-        if c.evaluation.truth and c.until == "align":
-            names = ("train", "heldout")
-            alignment = {s: {"before": stages["before"][s], "after": stages["after"][s]} for s in names}
-            ceilings = {s: self._measuring().ceilings(q) for s, q in self._measured()}
-            closed = {s: _gap_closed(alignment[s], ceilings[s]) for s in names}
-            gained = {s: _gained(alignment[s]["after"]["min"], ceilings[s]) for s in names}
-        rows = list(run.ledger)
-        private = statement(c, rows, agreement.plan.noise_multiplier, self.nominal)
-        output = self._output()
-        run.write_json(STATEMENT_JSON, {**private, "output_noise": output})
-        words = markdown(private) + ("" if output is None else "\n" + output_markdown(output))
-        atomic_write(run.path(STATEMENT_MD), words)
-        last: dict[str, Any] = next((row for row in reversed(list(run.metrics)) if "step" in row), {})
-        summary = {
-            "experiment": c.experiment,
-            "seed": c.seed,
-            "stamp": self.stamp,
-            "until": c.until,
-            "groups": sorted(set(agreement.groups.values())),
-            "questions": {
-                "context": len(agreement.plan.context), "train": len(self.train), "heldout": len(self.heldout),
-            },
-            "aggregation": c.aggregation.model_dump(mode="json"),
-            "reward": c.task.reward,
-            "alignment": alignment,
-            "ceiling": {"avg": None, "min": None} if ceilings is None else {**(ceilings["train"] or {}), **ceilings},
-            "gap_closed": closed,
-            "share_of_gain": gained,
-            "predictor": stages["predictor"].get("alignment"),
-            "privacy": {
-                "enabled": c.privacy.enabled, "unit": c.privacy.unit, "delta": c.privacy.delta,
-                "accountant": c.privacy.accountant, "epsilon": private["epsilon"], "budget": c.privacy.epsilon,
-            },
-            "output_noise": output,
-            "secagg": self._traffic(),
-            "stopped": stages["align"].get("stopped"),
-            "last_step": {k: last.get(k) for k in ("step", "reward", "fi", "h_mean", "soft_min")},
-            "seconds": {name: stage["seconds"] for name, stage in stages.items() if "seconds" in stage},
-            "packages": environment(),
-            "transcript_head": run.transcript.head,
-        }  # fmt: skip
-        run.write_fairness(
-            {
-                "stamp": summary["stamp"],
-                "fairness_index": last.get("fi"),
-                "mean_history": last.get("h_mean"),
-                "soft_min_history": last.get("soft_min"),
-                "alignment": None if alignment is None else {s: a["after"] for s, a in alignment.items()},
-            }
-        )
-        run.write_summary(summary)
-        return summary
-
-    def _output(self) -> dict[str, Any] | None:
-        """What output noise guarantees about one client; None without it."""
-        a, ppo = self.agreement, self.config.ppo
-        if a.output is None:
-            return None
-        clients = a.summed_together
-        coding = a.reward_layout(ppo.prompts_per_step * ppo.generations).preflight(clients)
-        return output_statement(a.output, list(self.run_dir.output_ledger), coding, clients, a.secure_rng)
-
-    def _traffic(self) -> dict[str, Any]:
-        """Rounds, dropouts and bytes per client and round, counted in the transcript."""
-        rows = [row for row in self.run_dir.transcript if row["event"] == "round"]
-        sent: dict[str, list[int]] = defaultdict(list)
-        for row in rows:
-            sent[row["kind"]].append(row["bytes_per_client"])
-        return {
-            "mode": self.agreement.mode,
-            "release": self.agreement.release,
-            "rounds": len(rows),
-            "membership_changes": sum(row["event"] == "membership" for row in self.run_dir.transcript),
-            "dropouts": sum(len(row["dropouts"]) for row in rows),
-            "aborts": sum(row["event"] == "abort" for row in self.run_dir.transcript),
-            "bytes_per_client_and_round": {kind: float(np.mean(b)) for kind, b in sorted(sent.items())},
-        }
-
-
-_STAGES = ("setup", "context", "predictor", "warmup", "before", "align", "after")
-
 
 def _recombined(questions: list[Question], seed: int) -> list[Question]:
     """As many questions with texts and options drawn from different ones.
@@ -431,20 +390,6 @@ def _recombined(questions: list[Question], seed: int) -> list[Question]:
         )
         for i, q in enumerate(questions)
     ]
-
-
-def _gap_closed(alignment: dict[str, Any], ceilings: dict[str, Any] | None) -> dict[str, float | None]:
-    """Share of the way from the warmed-up policy to the ceiling that alignment went, for average and worst group."""
-    out: dict[str, float | None] = {}
-    for name in ("avg", "min"):
-        top = None if ceilings is None else ceilings[name]
-        before, after = alignment["before"][name], alignment["after"][name]
-        out[name] = None if top is None or top <= before else (after - before) / (top - before)
-    return out
-
-
-def _gained(value: float, ceilings: dict[str, Any] | None) -> float | None:
-    return None if ceilings is None else share_of_gain(value, ceilings["min_at_avg"], ceilings["min"])
 
 
 def _load(base: Any, folder: Any = None, lora: bool = False) -> tuple[Any, Any]:

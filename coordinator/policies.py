@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from appa_secure.errors import ConfigError
+from appa_secure.language import answer_ids, answer_logits
 from coordinator.llama2c import load_llama2c
-from coordinator.sampling import left_pad, sample
+from coordinator.sampling import sample
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 WEIGHTS = tuple(str(weight) for weight in range(11))  # the words of a distribution
@@ -165,21 +166,6 @@ def load_pretrained(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     return model, tokenizer
 
 
-def lora_config(policy: Any) -> Any:
-    """The peft LoraConfig of ``policy.lora`` (r, alpha, dropout, target_modules), None without it."""
-    if policy.lora is None:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=policy.lora.r,
-        lora_alpha=policy.lora.alpha,
-        lora_dropout=policy.lora.dropout,
-        target_modules=policy.lora.target_modules or "all-linear",
-        task_type="CAUSAL_LM",
-    )
-
-
 @dataclass(frozen=True)
 class WarmUp:
     """What a warm-up did: steps taken, mean loss of the last 20 (nats per token), share of valid samples."""
@@ -226,7 +212,7 @@ def warm_up(
     for step in range(1, steps + 1):
         rows = draw.choices(range(len(prompts)), k=batch_size)
         answers = [
-            _answer_ids(tokenizer, prompts[i], encoded[i], answer(draw, i))
+            answer_ids(tokenizer, prompts[i], encoded[i], answer(draw, i))
             for i in rows
             for _ in range(ANSWERS)
         ]
@@ -252,37 +238,9 @@ def warm_up(
     return WarmUp(len(losses), sum(losses[-20:]) / max(1, len(losses[-20:])), share)
 
 
-def _answer_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: Sequence[int], answer: str
-) -> list[int]:
-    """Tokens of the answer as they follow the prompt after a space, and the end token."""
-    both = tokenizer(f"{prompt} {answer}")["input_ids"]
-    if both[: len(prompt_ids)] == list(prompt_ids):
-        ids = both[len(prompt_ids) :]
-    else:  # the tokenizer merges across the boundary
-        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id]
-
-
 def _answer_loss(
     model: PreTrainedModel, pad_id: int, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> Tensor:
     """Mean negative log-likelihood of the answer tokens; each prompt is read once for its ANSWERS answers."""
-    ids, mask = left_pad(prompts, pad_id, model.device)  # (B, P)
-    length = max(map(len, answers))
-    labels = torch.tensor(
-        [[*a, *[-100] * (length - len(a))] for a in answers], device=model.device
-    )  # (B A, T)
-    kept = (labels >= 0).long()
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    head = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
-    head.past_key_values.batch_repeat_interleave(ANSWERS)
-    mask, last = mask.repeat_interleave(ANSWERS, 0), position[:, -1:].repeat_interleave(ANSWERS, 0)
-    tail = model(
-        input_ids=labels[:, :-1].clamp(min=0),
-        attention_mask=torch.cat([mask, kept[:, :-1]], dim=1),
-        position_ids=last + torch.arange(1, length, device=model.device),
-        past_key_values=head.past_key_values,
-    )
-    logits = torch.cat([head.logits.repeat_interleave(ANSWERS, 0), tail.logits], dim=1)  # (B A, T, V)
+    logits, labels = answer_logits(model, pad_id, prompts, answers)  # (B A, T, V), (B A, T)
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)

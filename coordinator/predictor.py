@@ -84,23 +84,31 @@ def train_predictor(
         ]
         gradient = summed.sum / len(summed.contributors)
         done += 1
-        m = _BETA1 * m + (1 - _BETA1) * gradient
-        v = _BETA2 * v + (1 - _BETA2) * gradient**2
-        step = (m / (1 - _BETA1**done)) / (np.sqrt(v / (1 - _BETA2**done)) + _EPS)
-        theta = theta - server_lr * _decay(done, total) * step
+        theta, m, v = adam(theta, m, v, gradient, done, server_lr * decay(done, total))
         # Reported first: a kill between the two repeats the round and reports it once more, and none is left out.
         progress(done, max((s for s in spent if s is not None), default=None))
         measure(done, theta)
-        _save(path, {"round": np.array(done), "theta": theta, "m": m, "v": v})
+        save_state(path, {"round": np.array(done), "theta": theta, "m": m, "v": v})
     return theta.astype(np.float32)
 
 
-def _decay(done: int, total: int) -> float:
+def adam(
+    theta: np.ndarray, m: np.ndarray, v: np.ndarray, gradient: np.ndarray, done: int, lr: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One step of Adam on an averaged update (FedAdam): parameters and both moments after step number `done`, from 1."""
+    m = _BETA1 * m + (1 - _BETA1) * gradient
+    v = _BETA2 * v + (1 - _BETA2) * gradient**2
+    step = (m / (1 - _BETA1**done)) / (np.sqrt(v / (1 - _BETA2**done)) + _EPS)
+    return theta - lr * step, m, v
+
+
+def decay(done: int, total: int) -> float:
     """Constant, then linear to (almost) 0 over the last third: late rounds average their noise instead of following it."""
     return min(1.0, (total - done + 1) / max(1.0, total / 3))
 
 
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def save_state(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Replace a file of named arrays atomically."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     atomic_write(path, buffer.getvalue())

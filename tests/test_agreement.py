@@ -11,6 +11,7 @@ from appa_secure.aggregation import AggregationSpec, segments
 from appa_secure.agreement import (
     PREDICTOR,
     REWARD,
+    SYSTEM,
     Agreement,
     context_multiplier,
     make_agreement,
@@ -24,6 +25,7 @@ from appa_secure.privacy.accounting import GaussianEvent, epsilon
 from appa_secure.privacy.ledger import Budget
 from appa_secure.secagg.keys import Directory, IdentityKey
 from appa_secure.secagg.policy import threshold_for
+from appa_secure.systems import SystemSpec
 from tests.clients.world import SHAPE, make_questions, make_world
 
 QUESTIONS = make_questions(20)
@@ -68,6 +70,13 @@ def test_every_agreed_field_changes_the_digest(agreement) -> None:
     changed += [replace(agreement, aggregation=spec) for spec in specs]
     changed.append(replace(agreement, predictor=replace(SHAPE, ff=9)))
     changed += [replace(agreement, max_weight=100), replace(agreement, true_rewards=True)]
+    systems = {
+        "kind": "sft", "beta": 0.2, "eta": 0.2, "contrast": 9.0, "local_steps": 2, "lr": 0.2, "clip": 2.0, "ratio_clip": 0.3,
+        "kl_coef": 0.1, "human_weight": 2.0, "format_reward": 0.0, "labels": "raw", "generations": 4, "temperature": 0.5,
+        "clusters": 3, "free_rounds": 1, "style": "instruct", "adapter": "{}",
+    }  # fmt: skip
+    assert {f.name for f in fields(agreement.system)} == set(systems)
+    changed += [replace(agreement, system=replace(agreement.system, **{k: v})) for k, v in systems.items()]
     for options in (("option 0", "else"), ("option 1", "option 0")):
         question = Question("q0", "Question 0?", options, (0, 1))
         changed.append(replace(agreement, questions={**agreement.questions, "q0": question}))
@@ -88,13 +97,15 @@ def test_what_is_each_sites_own_is_not_agreed(agreement) -> None:
     assert agreed == {
         "plan", "budget", "context_noise", "questions", "reward", "aggregation", "predictor", "groups",
         "directory", "mode", "release", "threshold", "min_cohort", "ring_bits", "rounds_per_epoch",
-        "embedder", "output", "max_weight", "true_rewards",
+        "embedder", "output", "max_weight", "true_rewards", "system",
     }  # fmt: skip
 
 
-def test_in_blind_mode_nothing_of_one_group_is_opened_without_all(agreement) -> None:
+@pytest.mark.parametrize(("kind", "session"), [("appa", REWARD), ("grdpo", SYSTEM), ("maxmin", SYSTEM)])
+def test_in_blind_mode_nothing_of_one_group_is_opened_without_all(agreement, kind: str, session: str) -> None:
+    agreement = replace(agreement, system=SystemSpec(kind=kind))
     sessions = agreement.sessions("g0")
-    assert set(sessions) == {PREDICTOR, REWARD}
+    assert set(sessions) == {PREDICTOR, session}
     for directory, policy in sessions.values():
         assert policy.release == "abort"
         assert policy.min_cohort == agreement.min_cohort

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from appa_secure import config_checks
 from appa_secure.config import GROUPS, Config, compose, fields, load, option_summary, options
+from appa_secure.config_notes import notes
 from appa_secure.errors import ConfigError
 
 # What an option needs besides its name to be a runnable configuration; HERE stands for a path that exists.
@@ -130,7 +131,7 @@ REFUSED = [
     ("aggregaton=appa", "aggregaton", "did you mean aggregation=appa"),
     ("ppo.stps=3", "ppo.stps", "ppo.steps=3"),
     ("steps=3", "steps", "ppo.steps=3"),
-    ("lr=1", "lr", "predictor.lr=1, ppo.lr=1"),
+    ("lr=1", "lr", "predictor.lr=1, system.lr=1, ppo.lr=1"),
     ("nonsense.whatever=1", "nonsense.whatever", "appa-secure run --help"),
     ("aggregation=apa", "aggregation", "aggregation=appa"),
     ("aggregation=zzzz", "aggregation", "appa|average|lse|max|maximin|maximin_close|maximin_conflict|min"),
@@ -221,6 +222,17 @@ REFUSED = [
     ("predictor=truth", "predictor.kind", "privacy=off"),
     ("predictor=truth privacy=off evaluation.truth=false", "predictor.kind", "evaluation.truth=true"),
     ("task.max_weight=100", "task.max_weight", "policy=tabular"),
+    ("system=grdpo secagg=cohort federation.members_per_group=5", "secagg.mode", "one client for a group"),
+    ("system=sft secagg=clear federation.members_per_group=2", "federation.members_per_group", "system=appa"),
+    ("system=fedrlhf secagg.ring_bits=32 aggregation=average", "secagg.ring_bits", "secagg.ring_bits=64"),
+    ("system=grdpo ppo.generations=3 ppo.minibatch_size=32", "ppo.generations", "pairs of answers"),
+    ("system=maxmin ppo.generations=3 ppo.minibatch_size=32", "ppo.generations", "ppo.generations=4"),
+    ("system=sft system.labels=raw", "system.labels", "privacy=off"),
+    ("system=grdpo system.labels=raw privacy=off", "system.labels", "predicted preferences"),
+    ("system=grdpo policy=tabular", "policy.kind", "system=appa"),
+    ("system=sft predictor=truth privacy=off", "predictor.kind", "predicted preferences"),
+    ("system=fedrlhf secagg.output_epsilon=8", "secagg.output_epsilon", "system=appa"),
+    ("system=maxmin system.rounds=10", "system.free_rounds", "system.free_rounds=2"),
     ("ppo.minibatch_size=63", "ppo.minibatch_size", "ppo.minibatch_size=64"),
     ("until=warmup", "until", "'predictor' or 'align'"),
     (
@@ -321,12 +333,14 @@ def test_simulation_without_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         ("predictor.training=pooled", "one trusted party"),
         ("ppo.steps=5", "final one"),
         (f"experiment=globalopinionqa_8 data.path={HERE}", "1000 respondents"),
+        ("system=grdpo", "plays no part"),
+        ("system=maxmin", "one member"),
     ],
 )
 def test_notes_say_what_a_choice_means(overrides: str, word: str) -> None:
-    quiet = config_checks.notes(compose(["evaluation.truth=false", "privacy.secure_rng=true"]))
+    quiet = notes(compose(["evaluation.truth=false", "privacy.secure_rng=true"]))
     assert quiet == ()
-    assert any(word in note for note in config_checks.notes(compose(overrides.split())))
+    assert any(word in note for note in notes(compose(overrides.split())))
 
 
 def test_resuming_needs_no_file_that_only_the_start_needed(tmp_path: Path) -> None:

@@ -268,7 +268,8 @@ def fairness_over_steps(run: Run) -> str | None:
     x, y = _column(run.steps, "fi")
     if not x:
         return None
-    tau = run.get("aggregation.tau") if run.get("aggregation.kind") == "appa" else None
+    adaptive = run.get("aggregation.kind") == "appa" and run.get("system.kind", "appa") == "appa"
+    tau = run.get("aggregation.tau") if adaptive else None
 
     def paint(axes: Axes) -> None:
         axes.plot(x, y, color=PALE, linewidth=1, marker="o" if len(x) == 1 else None)

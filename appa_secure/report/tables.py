@@ -134,7 +134,7 @@ def _experiment(run: Run) -> str:
 
 
 def _short(name: str, varied: Sequence[str]) -> str:
-    if name == "aggregation.kind":
+    if name in ("aggregation.kind", "system.kind"):
         return ""  # "appa" or "min" says enough
     last = name.rsplit(".", 1)[-1]
     return last if sum(other.rsplit(".", 1)[-1] == last for other in varied) == 1 and last != "kind" else name

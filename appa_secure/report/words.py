@@ -36,6 +36,14 @@ RULES = {
     "appa": "groups that have fared worse so far count more",
 }
 
+SYSTEMS = {
+    "grdpo": "none: groups compare answers by themselves, and those whose comparisons the model fits worse count more",
+    "gripo": "none: groups compare answers by themselves, and those whose comparisons the model fits worse count more",
+    "fedrlhf": "none: each group improves the model by its own reward, and the results are averaged",
+    "sft": "none: the model imitates every group's own answers alike",
+    "maxmin": "reward models of groups that think alike, and in each step the one that fares worst",
+}
+
 
 @dataclass(frozen=True)
 class Banner:
@@ -259,6 +267,9 @@ def measure(run: Run) -> str:
 
 def aggregation(run: Run) -> str:
     """The rule by which the groups' rewards become one."""
+    system = str(run.get("system.kind", "appa"))
+    if system in SYSTEMS:
+        return f"{system}: {SYSTEMS[system]}"
     kind = str(run.get("aggregation.kind", "unknown"))
     variant = run.get("aggregation.variant")
     name = f"{kind} ({variant})" if kind == "appa" and variant else kind

@@ -128,12 +128,12 @@ def _listen(result: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     def sending(
         self: Client, kind: str, body: Mapping[str, Any], vector: np.ndarray, layout: Any, noise: Any = None
     ) -> bytes:
-        name = {"train": "update", "score": "reward"}[kind]
+        name = {"train": "update", "score": "reward", "tune": "update"}[kind]
         # The same places for every client
         at = np.random.default_rng(len(vector)).permutation(len(vector))[:200]
         near = np.unique(np.concatenate([at, np.minimum(at + 1, len(vector) - 1)]))
         code = layout.preflight(len(self.agreement.clients)).encode(np.asarray(vector))
-        chosen = near if kind == "train" else np.arange(len(vector))
+        chosen = np.arange(len(vector)) if kind == "score" else near
         canaries.numbers(name, self.client_id, np.asarray(vector)[chosen])
         canaries.ring(name, self.client_id, code[chosen])
         result.vectors += 1
@@ -218,6 +218,36 @@ def test_the_search_finds_true_distributions_where_sites_allow_measuring(ears) -
     check_it_was_a_real_run(capture)
     assert capture.summary["stamp"] == "not private"
     assert capture.found("reply/") == {"true distribution", "prediction"}
+    assert not capture.found("request/", "log", "stdout", "stderr", "file/")
+
+
+SMALL = (
+    "policy.dim=32", "policy.layers=1", "system.rounds=2", "system.free_rounds=1", "evaluation.truth=false",
+    "ppo.generations=8", "ppo.minibatch_size=32",  # enough pairs for groups to differ in
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("system", ["grdpo", "maxmin"])
+def test_a_blind_run_of_another_system_lets_nothing_private_out(ears, system: str) -> None:
+    capture = ears(f"system={system}", *SMALL)
+    # Instead of rewards a client remembers its log-weight, which groups of one mind share, or the model it took.
+    assert capture.canaries.names >= PRIVATE - {"reward"}
+    assert capture.vectors == len(GROUPS) * (2 + 2)
+    assert capture.summary["stamp"] == "private"
+    for label in capture.blobs:
+        assert not capture.found(label), label
+
+
+def test_the_search_finds_unmasked_updates_of_a_policy_in_clear_mode(ears) -> None:
+    capture = ears("system=grdpo", "secagg=clear", *SMALL)
+    tunes = [
+        label.replace("request", "reply")
+        for label, blob in capture.blobs.items()
+        if label.startswith("request/") and cbor2.dumps({"kind": "tune"})[1:] in blob
+    ]
+    assert len(tunes) == 2
+    for label in tunes:
+        assert capture.found(label) == {"update"}
     assert not capture.found("request/", "log", "stdout", "stderr", "file/")
 
 

@@ -24,6 +24,7 @@ from appa_secure.privacy.ledger import check_rows
 from appa_secure.privacy.output import plan_output
 from appa_secure.secagg import Aggregate, Layout, OutputNoise, Segment
 from appa_secure.secagg.wire import peek
+from clients.scoring import parsed
 from coordinator.rounds import NotOpened, Rounds, Summed
 from tests.clients.drive import score_body
 from tests.clients.world import World, make_world
@@ -57,7 +58,7 @@ def both_sums(world: World, rounds: Rounds, times: int = 1) -> tuple[Summed | No
 def victims_rewards(world: World) -> np.ndarray:
     scorer = world.members[VICTIM]._targets()
     body = score_body(world)
-    return scorer.score(body["questions"], world.members[VICTIM]._parsed(body))
+    return scorer.score(body["questions"], parsed(body, world.agreement))
 
 
 # -- the attack on a blind run of five groups ----------------------------------------------------------------

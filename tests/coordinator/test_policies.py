@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from appa_secure.errors import ConfigError
+from appa_secure.language import lora_config
 from coordinator.policies import (
     END_MARKS,
     LETTERS,
@@ -18,7 +19,6 @@ from coordinator.policies import (
     build_policy,
     build_tiny,
     build_tokenizer,
-    lora_config,
     warm_up,
 )
 from coordinator.sampling import sample
@@ -113,9 +113,8 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 
 def test_lora_is_none_unless_asked_for():
-    assert lora_config(SimpleNamespace(lora=None)) is None
-    lora = SimpleNamespace(r=4, alpha=8, dropout=0.0, target_modules=None)
-    made = lora_config(SimpleNamespace(lora=lora))
+    assert lora_config(None) is None
+    made = lora_config({"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": None})
     assert (made.r, made.lora_alpha, made.target_modules) == (4, 8, "all-linear")
 
 

@@ -122,7 +122,7 @@ def test_a_coordinator_killed_between_the_sum_and_its_state_asks_again_for_free(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("coordinator.predictor._save", kill)
+        patch.setattr("coordinator.predictor.save_state", kill)
         with pytest.raises(KeyboardInterrupt):
             train(world)
     np.testing.assert_array_equal(train(world), theta)

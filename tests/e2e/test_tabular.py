@@ -13,6 +13,7 @@ from appa_secure.records import read_journal
 from appa_secure.secagg.errors import BadEncoding
 from appa_secure.tabular import TabularPolicy
 from clients.client import Client
+from clients.scoring import parsed
 from coordinator import tabular
 
 SMALL = [
@@ -74,7 +75,7 @@ def test_blind_equals_clear_and_a_killed_run_ends_as_if_it_had_not_been(
 
 
 def rewards(client: Client, body: dict[str, list[str]]) -> np.ndarray:
-    return client._rewards(body["questions"], client._parsed(body))
+    return client._scoring.rewards(client.agreement, body["questions"], parsed(body, client.agreement))
 
 
 def test_rewards_from_true_answers_are_refused_by_a_site_that_does_not_allow_measuring(

@@ -6,7 +6,18 @@ from typing import Any
 import pytest
 
 from appa_secure.report.run import Run
-from appa_secure.report.words import banner, duration, gap_closed, headline, number, privacy, size
+from appa_secure.report.words import (
+    SYSTEMS,
+    aggregation,
+    banner,
+    duration,
+    gap_closed,
+    headline,
+    number,
+    privacy,
+    size,
+)
+from appa_secure.systems import KINDS
 
 
 def run(before: dict[str, float], after: dict[str, float], ci: list[float] | None = None, **more: Any) -> Run:
@@ -92,3 +103,12 @@ def test_units_fit_their_size() -> None:
         "0.4 s", "12 s", "60 s", "3 min 08 s", "1 h 00 min", "2 h 01 min",
     ]  # fmt: skip
     assert number(None) == "–"
+
+
+def test_the_rule_is_the_systems_where_it_is_not_an_aggregation() -> None:
+    assert {"appa", *SYSTEMS} == set(KINDS)
+    config = {"aggregation": {"kind": "min"}}
+    assert aggregation(Run(path=Path(), config=config)).startswith("min: ")
+    assert aggregation(Run(path=Path(), config={**config, "system": {"kind": "appa"}})).startswith("min: ")
+    found = aggregation(Run(path=Path(), config={**config, "system": {"kind": "maxmin"}}))
+    assert found == f"maxmin: {SYSTEMS['maxmin']}"
