@@ -44,10 +44,10 @@ class Watch:
         self.spent: dict[str, list[dict[str, Any]]] = {}
         send, total, step = Client._send, Rounds.sum, FederatedReward.step
 
-        def sending(client: Client, kind: str, body: Any, vector: np.ndarray, layout: Any) -> bytes:
+        def sending(client: Client, kind: str, body: Any, vector: np.ndarray, *rest: Any) -> bytes:
             if kind == "score":
                 self.vectors.setdefault(body["step"], {})[client.client_id] = np.array(vector)
-            return send(client, kind, body, vector, layout)
+            return send(client, kind, body, vector, *rest)
 
         def summing(rounds: Rounds, session: str, kind: str, payload: Any, layout: Any) -> Any:
             found = total(rounds, session, kind, payload, layout)
