@@ -56,10 +56,14 @@ class Parts:
             self.holdings[client_id],
             self.agreement,
             self.embeddings,
-            ClientStore(self.client_root / _folder(client_id)),
+            ClientStore(self.store_of(client_id)),
             _identity(secret),
             noise_key=_noise_key(secret) if self.noise_from_seed else None,
         )
+
+    def store_of(self, client_id: str) -> Path:
+        """The folder of a client's own state."""
+        return self.client_root / _folder(client_id)
 
     @property
     def noise_from_seed(self) -> bool:

@@ -26,7 +26,7 @@ WIDTH = 4.9  # inches; shown at 390 to 560 CSS pixels, so that 10 pt stays reada
 
 _MOST = 30  # clients in a figure
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
     "font.size": 10.0,
@@ -49,7 +49,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def _draw(height: float, paint: Callable[[Axes], None]) -> str:
-    with rc_context(_STYLE), warnings.catch_warnings():
+    with rc_context(STYLE), warnings.catch_warnings():
         # A glyph that is missing here concerns the layout only: the browser draws the text.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
