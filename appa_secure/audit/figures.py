@@ -51,7 +51,7 @@ def bounds(views: Sequence[View]) -> tuple[str, bytes]:
         axes.set_ylim(-0.5, len(views) - 0.2)
         axes.grid(axis="x", color=FAINT, linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.set_xlabel("ε   (bar: claimed; dot: measured lower bound; line: most that could be proved)")
+        axes.set_xlabel("ε  (bar: claimed, dot: measured, line: most provable)")
 
     return _draw(0.9 + 0.62 * len(views), [paint])
 
