@@ -30,7 +30,10 @@ app = typer.Typer(
     epilog="Start with [bold]appa-secure run[/bold]: eight synthetic groups, differential privacy and secure "
     "aggregation on, a few minutes on two cores. Then [bold]appa-secure run --help[/bold].",
 )
-audit = typer.Typer(no_args_is_help=True, help="Checks for auditors: of what a run left behind, and of what a configuration leaks.")
+audit = typer.Typer(
+    no_args_is_help=True,
+    help="Checks for auditors: of what a run left behind, and of what a configuration leaks.",
+)
 app.add_typer(audit, name="audit")
 
 _MAIN_FIELDS = (
@@ -226,11 +229,12 @@ Takes the overrides of [bold]appa-secure run[/bold].
 def audit_privacy(
     overrides: Overrides = None,
     canaries: Annotated[
-        int, typer.Option(min=100, help="Training canaries at least. A claim of 8 needs some 16000 to be refutable.")
+        int,
+        typer.Option(
+            min=100, help="Training canaries at least. A claim of 8 needs some 16000 to be refutable."
+        ),
     ] = 4000,
-    confidence: Annotated[
-        float, typer.Option(min=0.5, max=0.9999, help="Of every measured bound.")
-    ] = 0.95,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of every measured bound.")] = 0.95,
     attacks: Annotated[
         bool, typer.Option(help="Membership inference and context reconstruction, after the canaries.")
     ] = True,
@@ -238,7 +242,9 @@ def audit_privacy(
         Path | None,
         typer.Option(metavar="DIR", help="Where to write; default: OUTPUT_ROOT/audit-EXPERIMENT-SEED."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, not the page's path.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the figures as JSON, not the page's path.")
+    ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the report as Markdown.")] = False,
 ) -> None:
     config = compose(overrides or [])
@@ -255,7 +261,9 @@ def audit_privacy(
         _say((folder / privacy.MARKDOWN).read_text("utf-8"))
         typer.echo(page)
     if found.exceeded:
-        raise AppaError(f"{page}: measured epsilon exceeds the claim: {', '.join(v.name for v in found.exceeded)}")
+        raise AppaError(
+            f"{page}: measured epsilon exceeds the claim: {', '.join(v.name for v in found.exceeded)}"
+        )
 
 
 @app.command("fields")

@@ -50,9 +50,7 @@ def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: fl
     epsilon >= 0 and 0 <= delta <= 1.
     """
     if not 0 <= correct <= guesses <= canaries:
-        raise ValueError(
-            f"need 0 <= correct <= guesses <= canaries, got {correct}, {guesses} and {canaries}"
-        )
+        raise ValueError(f"need 0 <= correct <= guesses <= canaries, got {correct}, {guesses} and {canaries}")
     if not epsilon >= 0 or not 0 <= delta <= 1:
         raise ValueError(f"need epsilon >= 0 and delta in [0, 1], got {epsilon} and {delta}")
     right = float(special.expit(epsilon))
@@ -107,6 +105,4 @@ def audit(
         correct = int(right[guesses - 1])
         tried.append((lower_bound(m, guesses, correct, delta, level), guesses, correct))
     epsilon, guesses, correct = max(tried, key=lambda found: found[0])
-    return Bound(
-        epsilon, confidence, delta, m, guesses, correct, lower_bound(m, m, m, delta, level)
-    )
+    return Bound(epsilon, confidence, delta, m, guesses, correct, lower_bound(m, m, m, delta, level))

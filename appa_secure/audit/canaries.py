@@ -55,6 +55,12 @@ _MANY = 10  # times as many answers in the last option: its own noise hardly mov
 _MEMORY = 2**28  # bytes of gradients held at most
 
 
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder for simulated clients' stores, in memory where there is one: each answer waits for the disk twice."""
+    memory = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(prefix="appa-audit-", dir=memory if memory.is_dir() else None)
+
+
 @dataclass(frozen=True)
 class View:
     """One kind of release as one adversary sees it. claimed: epsilon of its ledger rows alone, at the run's delta."""
@@ -88,7 +94,9 @@ class CanarySurvey:
         # A respondent gives as many answers as count, to different questions; every other unit is one answer.
         width = p.answers_per_unit if self.unit == "respondent" else 1
         cells = context * (1 if self.unit == "record" else _OPTIONS - 1)
-        self.context_cells = _cells(cells, min(width, context), cells)  # (m, width) cell = option * context + question
+        self.context_cells = _cells(
+            cells, min(width, context), cells
+        )  # (m, width) cell = option * context + question
         self.train_cells = _cells(questions, min(width, questions), limit)  # (m, width) question
         rng = np.random.default_rng([config.seed, 0xCA7A])
         length = 10.0 * p.clip  # makes gradients longer than the clipping norm: see `WhiteBox`
@@ -123,7 +131,8 @@ class CanarySurvey:
                 counts[self.split.train[cell]][0] = 1.0
             return GroupData(name, counts)
         known = np.repeat(
-            np.arange(contexts * _OPTIONS), np.concatenate([counts[q] for q in self.split.context]).astype(int)
+            np.arange(contexts * _OPTIONS),
+            np.concatenate([counts[q] for q in self.split.context]).astype(int),
         )
         persons = [len(known), *np.full(int(context.sum()), self.context_cells.shape[1])]
         persons += [self.train_cells.shape[1]] * int(train.sum())
@@ -143,7 +152,9 @@ class CanarySurvey:
             found = kept[:, 0]
             return found - np.median(found)
         few = math.ceil(_SAFE * self.noise)
-        noisy = _MANY * max(few, 1) * kept[:, :-1] / kept[:, -1:] - few  # (C, K-1) counts without the known answers
+        noisy = (
+            _MANY * max(few, 1) * kept[:, :-1] / kept[:, -1:] - few
+        )  # (C, K-1) counts without the known answers
         return (noisy.T.ravel()[self.context_cells] - 0.5).sum(axis=1)
 
 
@@ -173,7 +184,9 @@ class WhiteBox:
         self._owned = np.repeat(np.eye(m), width, axis=1)  # (m, cells)
         self._weights = [self._clipped(index) for index in range(self.plan.rounds)]
         steps = [questions for index in range(self.plan.rounds) for questions in self.plan.steps(index)]
-        self._steps = np.array([self._asked(questions).any(axis=1) for questions in steps]).sum(axis=0)  # (m,)
+        self._steps = np.array([self._asked(questions).any(axis=1) for questions in steps]).sum(
+            axis=0
+        )  # (m,)
         gram = sum(w @ self._products @ w.T for w in self._weights)
         # Canaries that no round asks for get a variance without end, and never a sure guess.
         self._inverse = np.linalg.inv(gram + 1e-9 * max(1.0, float(np.trace(gram))) * np.eye(m))
@@ -224,8 +237,8 @@ class WhiteBox:
 
         A canary that is included is in Binomial(steps, sample_rate) of the steps that ask for it; otherwise in none.
         """
-        variance = clients * self.plan.local_steps * (self.plan.noise_multiplier * self.plan.clip) ** 2
-        variance = variance * np.diag(self._inverse)  # (m,)
+        noise = clients * self.plan.local_steps * (self.plan.noise_multiplier * self.plan.clip) ** 2
+        variance = noise * np.diag(self._inverse)  # (m,)
         most = int(self._steps.max())
         drawn = np.arange(most + 1)[:, None]  # (n, 1)
         chance = stats.binom.logpmf(drawn, self._steps, self.plan.sample_rate)  # (n, m)
@@ -322,7 +335,7 @@ def measure(
     train_in = coins.random((clients, each)) < 0.5
     context_scores, estimates = [], []
     paid: list[list[dict[str, object]]] = [[], []]
-    with tempfile.TemporaryDirectory(prefix="appa-audit-") as folder:
+    with scratch() as folder:
         for i, name in enumerate(agreement.groups):
             store = ClientStore(Path(folder) / str(i))
             data = survey.data(name, context_in[i], train_in[i])

@@ -88,7 +88,7 @@ def contexts(found: Mapping[str, Reconstruction]) -> tuple[str, bytes]:
 
         def paint(axes: Axes) -> None:
             low, high = r.interval
-            axes.hist(np.clip(r.errors, edges[0], edges[-1]), bins=edges, color=colour, density=True)
+            axes.hist(np.clip(r.errors, edges[0], edges[-1]), bins=edges.tolist(), color=colour, density=True)
             axes.set_xlabel("reconstructed minus true count")
             axes.yaxis.set_visible(False)
             axes.spines["left"].set_visible(False)

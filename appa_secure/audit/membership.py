@@ -15,7 +15,6 @@ repeated without differential privacy, as a control: an attack that fails there 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from appa_secure.agreement import Agreement
+from appa_secure.audit.canaries import scratch
 from appa_secure.config import Config
 from appa_secure.data import GroupData, Responses
 from appa_secure.launch import LocalFederation, Parts, prepare
@@ -119,7 +119,7 @@ def without_privacy(config: Config) -> Config:
 def attack(config: Config, progress: Callable[[int, int], None]) -> Attacked:
     """Train the configured run's predictor on targets and score answers with it. progress: called with (rounds done,
     rounds)."""
-    with tempfile.TemporaryDirectory(prefix="appa-audit-") as folder:
+    with scratch() as folder:
         parts = prepare(config, Path(folder) / "run")
         parts = replace(
             parts, agreement=replace(parts.agreement, mode="clear", truth=False), client_root=Path(folder)
@@ -173,9 +173,7 @@ def _train(
     return Attacked(targets, predicted, policy)
 
 
-def policy_shares(
-    agreement: Agreement, reward: FederatedReward, beta: float, seed: int
-) -> dict[str, Floats]:
+def policy_shares(agreement: Agreement, reward: FederatedReward, beta: float, seed: int) -> dict[str, Floats]:
     """Question -> (K,) expected answer of the policy that is optimal for the real rewards; see the module docstring."""
     rng = np.random.default_rng([seed, 0x9011])
     qids, texts = [], []
@@ -215,9 +213,7 @@ def _targets(name: str, group: GroupData, agreement: Agreement, rng: np.random.G
 
 def planted(group: GroupData, agreement: Agreement, members: list[Target]) -> GroupData:
     """The group's true context answers, and of its training answers the members alone, each by a person of its own."""
-    counts = {
-        q: c if q in agreement.plan.context else np.zeros_like(c) for q, c in group.counts.items()
-    }
+    counts = {q: c if q in agreement.plan.context else np.zeros_like(c) for q, c in group.counts.items()}
     for t in members:
         counts[t.question][t.option] = 1.0
     if group.responses is None:

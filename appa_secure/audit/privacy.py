@@ -50,7 +50,8 @@ def investigate(
         for name, variant in (("private", config), ("without privacy", membership.without_privacy(config))):
             stage = f"membership, {name}"
             found = membership.attack(
-                variant, lambda done, total, stage=stage: progress.step(stage, done, total)  # type: ignore[misc]
+                variant,
+                lambda done, total, stage=stage: progress.step(stage, done, total),  # type: ignore[misc]
             )
             curves.setdefault("predictor", {})[name] = found.predictor()
             curves.setdefault("policy answers", {})[name] = found.answers()
@@ -74,7 +75,10 @@ def write(found: Findings, folder: Path) -> Path:
     atomic_write(folder / JSON, json.dumps(plain(as_data(found)), indent=1) + "\n")
     text = markdown(found)
     atomic_write(folder / MARKDOWN, text)
-    images = [(name, html.figure(svg, f"Figure: {name}. The numbers are in the text.")) for name, (svg, _) in drawn.items()]
+    images = [
+        (name, html.figure(svg, f"Figure: {name}. The numbers are in the text."))
+        for name, (svg, _) in drawn.items()
+    ]
     atomic_write(folder / PAGE, html.audit_page(text, images))
     return folder / PAGE
 
@@ -139,7 +143,11 @@ def markdown(found: Findings) -> str:
     if len(found.views) == 1:
         lines += ["Training rounds release nothing of their own here: they are post-processing.", ""]
     if found.membership:
-        lines += ["## Membership inference: was this answer in the training data?", "", *_curves(found.membership)]
+        lines += [
+            "## Membership inference: was this answer in the training data?",
+            "",
+            *_curves(found.membership),
+        ]
     if found.contexts:
         lines += ["## Context answers from rewards", "", *_contexts(found.contexts)]
     return "\n".join(lines)
@@ -148,7 +156,9 @@ def markdown(found: Findings) -> str:
 def _verdict(found: Findings) -> str:
     if not found.exceeded:
         return "**No claim was refuted.**"
-    names = ", ".join(f"{v.name} (ε ≥ {v.bound.epsilon:.2f}, claimed {v.claimed:.2f})" for v in found.exceeded)
+    names = ", ".join(
+        f"{v.name} (ε ≥ {v.bound.epsilon:.2f}, claimed {v.claimed:.2f})" for v in found.exceeded
+    )
     return f"**REFUTED: {names}.** The build, or the accounting, is broken."
 
 

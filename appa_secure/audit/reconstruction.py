@@ -18,7 +18,6 @@ hit rate contains 1/2. The exact limit of the Gaussian mechanism is Phi(1 / (2 s
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,14 +30,21 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from appa_secure.agreement import REWARD, Agreement
-from appa_secure.audit.canaries import request
+from appa_secure.audit.canaries import request, scratch
 from appa_secure.audit.membership import open_client, without_privacy
 from appa_secure.config import Config
 from appa_secure.data import GroupData, Responses
 from appa_secure.errors import ConfigError
 from appa_secure.launch import prepare
 from appa_secure.messages import pack_float
-from appa_secure.predictor import DIRECTION, PreferencePredictor, flatten, log_likelihood, pad_options, unflatten
+from appa_secure.predictor import (
+    DIRECTION,
+    PreferencePredictor,
+    flatten,
+    log_likelihood,
+    pad_options,
+    unflatten,
+)
 from appa_secure.rewards import score
 from appa_secure.tasks import answer_text, parse
 from clients.client import Client
@@ -49,7 +55,9 @@ Floats = NDArray[np.float64]
 _QUESTIONS = 80  # whose rewards are used at most: many more numbers than a context has
 _MILD = 0.3  # of the weights that read preferences: the context bends predictions less, and they have one explanation
 _STARTS = 3  # of the search for the context
-_EXPLAINED = 1e-5  # largest error of a centred logit at which the rewards count as explained; float32 leaves 1e-6
+_EXPLAINED = (
+    1e-5  # largest error of a centred logit at which the rewards count as explained; float32 leaves 1e-6
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ def attack(config: Config, groups: int, progress: Callable[[int, int], None]) ->
             "privacy.unit=record: this attack tells one answer more from one less; use response or respondent"
         )
     found: dict[str, list[Reconstruction]] = {"raw": [], "private": []}
-    with tempfile.TemporaryDirectory(prefix="appa-audit-") as folder:
+    with scratch() as folder:
         variants = {"raw": without_privacy(config), "private": config}
         worlds = {name: prepare(c, Path(folder) / name) for name, c in variants.items()}
         names = sorted(worlds["raw"].holdings)[:groups]
@@ -124,9 +132,7 @@ def attack(config: Config, groups: int, progress: Callable[[int, int], None]) ->
                 client = open_client(parts, group, data)
                 seen = rewards_of(client, theta)
                 context = invert(parts.agreement, theta, dict(parts.embeddings), seen, data)
-                found[name].append(
-                    _judge(context, parts.holdings[group], data, cells, more, parts.agreement)
-                )
+                found[name].append(_judge(context, parts.holdings[group], data, cells, more, parts.agreement))
                 done = len(found["raw"]) + len(found["private"])
                 progress(done, total)
     return {name: _together(parts) for name, parts in found.items()}
@@ -196,9 +202,7 @@ def _answers(task: str, options: int) -> list[str]:
         return [answer_text([k], task) for k in range(options)]
     if task == "dpa":
         return [answer_text([10 * (i == k) for i in range(options)], task) for k in range(options)]
-    return [
-        answer_text([k, *(i for i in range(options) if i != k)], task) for k in range(options)
-    ]
+    return [answer_text([k, *(i for i in range(options) if i != k)], task) for k in range(options)]
 
 
 def invert(
@@ -215,10 +219,14 @@ def invert(
     network = _Inverse(agreement, theta, [embeddings[q] for q in asked], [embeddings[q] for q in logits])
     rng = np.random.default_rng(0)
     best, explained = np.zeros(network.size), np.inf
+
+    def off_by(z: Floats) -> Floats:
+        return network.logits(z) - wanted
+
     for start in range(_STARTS):
         solved = optimize.least_squares(
-            lambda z: network.logits(z) - wanted, 0.3 * rng.standard_normal(network.size) * (start > 0),
-            jac=network.jacobian, method="lm", xtol=1e-10, ftol=1e-10, gtol=1e-12, max_nfev=20,
+            off_by, 0.3 * rng.standard_normal(network.size) * (start > 0), jac=network.jacobian, method="lm",
+            xtol=1e-10, ftol=1e-10, gtol=1e-12, max_nfev=20,
         )  # fmt: skip
         off = float(np.abs(solved.fun).max())
         if off < explained:
@@ -287,9 +295,7 @@ class _Inverse:
     def shares(self, z: Floats) -> list[Floats]:
         """The shares (K,) of each context question."""
         parts = torch.from_numpy(z).split(self._sizes)
-        return [
-            (1.0 / len(b) + b @ part).numpy() for b, part in zip(self._basis, parts, strict=True)
-        ]
+        return [(1.0 / len(b) + b @ part).numpy() for b, part in zip(self._basis, parts, strict=True)]
 
 
 def _judge(

@@ -35,7 +35,9 @@ def zeros(key: bytes, label: str, size: int, std: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "unit", [("response",), ("respondent", "privacy.answers_per_unit=2"), ("record",)], ids=lambda unit: unit[0]
+    "unit",
+    [("response",), ("respondent", "privacy.answers_per_unit=2"), ("record",)],
+    ids=lambda unit: unit[0],
 )
 def test_a_sound_build_is_not_accused(unit: tuple[str, ...]) -> None:
     found = views(f"privacy.unit={unit[0]}", *unit[1:], canaries=336)
