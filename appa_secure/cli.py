@@ -218,7 +218,7 @@ Takes the overrides of [bold]appa-secure run[/bold].
 [bold]Examples[/bold]
   appa-secure audit privacy experiment=smoke
   appa-secure audit privacy experiment=smoke --json > audit.json
-  appa-secure audit privacy experiment=opinionqa_dense data.path=PATH --canaries 16000
+  appa-secure audit privacy data=opinionqa data.path=PATH --canaries 16000
   appa-secure audit privacy privacy.epsilon=2 privacy.unit=respondent --no-attacks
 
 {_groups_help()}
