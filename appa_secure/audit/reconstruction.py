@@ -264,8 +264,11 @@ class _Inverse:
         model = PreferencePredictor(agreement.predictor)
         unflatten(model, theta)
         self._model = model.double().eval().requires_grad_(False)
-        self._targets, self._mask = pad_options(list(targets))
-        self._targets = self._targets.double()
+        # Targets do not see each other, so the options of all questions go through the network in one row.
+        self._targets = torch.from_numpy(np.concatenate(targets)).double()[None]  # (1, N, E)
+        _, self._mask = pad_options(list(targets))  # (Q, K)
+        self._place = torch.zeros(self._mask.shape, dtype=torch.long)  # of each question's options in the row
+        self._place[self._mask] = torch.arange(self._targets.shape[1])
         # Columns of an orthonormal basis of the vectors that sum to 0: shares = 1/K + basis @ z.
         self._basis = [torch.linalg.svd(torch.ones(1, len(e), dtype=torch.float64)).Vh[1:].T for e in context]
         points = [torch.from_numpy(e).double() for e in context]
@@ -279,8 +282,8 @@ class _Inverse:
         rows = torch.stack([part @ step for part, step in zip(parts, self._steps, strict=True)])  # (C, E)
         points = torch.cat([self._texts, rows], dim=1)
         with sdpa_kernel(SDPBackend.MATH):  # the only one with forward derivatives
-            found = self._model(points.expand(len(self._targets), -1, -1), self._targets)
-        likely = log_likelihood(found, self._mask)
+            found = self._model(points[None], self._targets)[0]  # (N,)
+        likely = log_likelihood(found[self._place], self._mask)
         means = likely.masked_fill(~self._mask, 0.0).sum(dim=1) / self._mask.sum(dim=1)
         return (likely - means[:, None])[self._mask]
 

@@ -12,7 +12,7 @@ from appa_secure.config import compose
 
 WORLD = ("experiment=smoke", "privacy.accountant=rdp")
 TRAINED = (
-    *WORLD, "predictor.rounds=40", "predictor.dim=32", "predictor.layers=2", "predictor.local_steps=1",
+    *WORLD, "predictor.rounds=30", "predictor.dim=32", "predictor.layers=2", "predictor.local_steps=1",
     "predictor.server_lr=0.01", "data.questions=40", "data.respondents=200", "privacy.sample_rate=1",
 )  # fmt: skip
 

@@ -94,7 +94,7 @@ def test_a_sampler_that_draws_more_than_is_accounted_for_is_caught(monkeypatch: 
         finally:
             self.plan = plan
 
-    honest = ("privacy.sample_rate=0.1", "predictor.rounds=6", "privacy.epsilon=1.5")
+    honest = ("privacy.sample_rate=0.1", "predictor.rounds=12", "privacy.epsilon=1.5")
     assert not views(*honest, canaries=336)["update"].exceeded
     monkeypatch.setattr(LocalTrainer, "_sample", greedy)
     assert views(*honest, canaries=336)["update"].exceeded
@@ -109,10 +109,10 @@ def test_answers_that_are_counted_twice_are_caught(monkeypatch: pytest.MonkeyPat
         return replace(found, multiplicity=6 * found.multiplicity)
 
     monkeypatch.setattr(LocalTrainer, "_sample", twice)
-    assert views("privacy.epsilon=1.5", canaries=336)["update"].exceeded
+    assert views("privacy.epsilon=1.5", canaries=224)["update"].exceeded
 
 
 def test_participations_that_are_not_counted_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """A unit is charged for one step however often it takes part."""
     monkeypatch.setattr(TrainingPlan, "participations", lambda self, rounds: min(rounds, 1))
-    assert views("predictor.rounds=24", "privacy.epsilon=1.5", canaries=336)["update"].exceeded
+    assert views("predictor.rounds=24", "privacy.context_noise=20", canaries=336)["update"].exceeded
