@@ -8,7 +8,8 @@ the public initial parameters, with the weights that read preferences made small
 
 1. rewards -> predicted shares. For each question the shares that give the rewards seen, by least squares.
 2. predicted shares -> context. The predictor is a known function of the context; Levenberg-Marquardt finds the context
-   shares under which it predicts what step 1 found.
+   shares under which it predicts what step 1 found. The search begins at the answers the adversary knows (below): from
+   elsewhere it ends in other explanations on large surveys.
 
 What it gets is the context that the client used, noise and all. How much that says about people is measured by what
 differential privacy is about: neighbouring data. In every context question a fair coin decides whether one more person
@@ -131,7 +132,7 @@ def attack(config: Config, groups: int, progress: Callable[[int, int], None]) ->
                 data, cells, more = neighbour(parts.holdings[group], parts.agreement, rng)
                 client = open_client(parts, group, data)
                 seen = rewards_of(client, theta)
-                context = invert(parts.agreement, theta, dict(parts.embeddings), seen, data)
+                context = invert(parts.agreement, theta, dict(parts.embeddings), seen, parts.holdings[group])
                 found[name].append(_judge(context, parts.holdings[group], data, cells, more, parts.agreement))
                 done = len(found["raw"]) + len(found["private"])
                 progress(done, total)
@@ -210,22 +211,24 @@ def invert(
     theta: NDArray[np.float32],
     embeddings: dict[str, NDArray[np.float32]],
     seen: Seen,
-    data: GroupData,
+    known: GroupData,
 ) -> dict[str, Floats]:
-    """Context question -> (K,) shares that explain the rewards seen. data: tells which questions were asked (public)."""
+    """Context question -> (K,) shares that explain the rewards seen. known: the answers the adversary knows, where the
+    search begins; it goes on from elsewhere if it ends with rewards unexplained."""
     logits = {q: _predicted(agreement, q, *rows) for q, rows in seen.items()}
     wanted = np.concatenate(list(logits.values()))
-    asked = [q for q in agreement.plan.context if data.has(q)]
+    asked = [q for q in agreement.plan.context if known.has(q)]
     network = _Inverse(agreement, theta, [embeddings[q] for q in asked], [embeddings[q] for q in logits])
     rng = np.random.default_rng(0)
-    best, explained = np.zeros(network.size), np.inf
+    begin = network.coordinates([known.distribution(q) for q in asked])
+    best, explained = begin, np.inf
 
     def off_by(z: Floats) -> Floats:
         return network.logits(z) - wanted
 
     for start in range(_STARTS):
         solved = optimize.least_squares(
-            off_by, 0.3 * rng.standard_normal(network.size) * (start > 0), jac=network.jacobian, method="lm",
+            off_by, 0.3 * rng.standard_normal(network.size) if start else begin, jac=network.jacobian, method="lm",
             xtol=1e-10, ftol=1e-10, gtol=1e-12, max_nfev=20,
         )  # fmt: skip
         off = float(np.abs(solved.fun).max())
@@ -294,6 +297,11 @@ class _Inverse:
     def jacobian(self, z: Floats) -> Floats:
         """Derivatives of `logits`, (rows, size)."""
         return np.asarray(torch.func.jacfwd(self._forward)(torch.from_numpy(z)).detach().numpy())
+
+    def coordinates(self, shares: Sequence[Floats]) -> Floats:
+        """z (size,) of the shares (K,) of each context question."""
+        parts = [b.T @ torch.from_numpy(s) for b, s in zip(self._basis, shares, strict=True)]
+        return np.asarray(torch.cat(parts).numpy())
 
     def shares(self, z: Floats) -> list[Floats]:
         """The shares (K,) of each context question."""
