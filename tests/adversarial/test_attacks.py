@@ -35,8 +35,9 @@ def test_membership_in_the_predictors_data_is_seen_without_privacy_only(seed: in
     control = membership.attack(membership.without_privacy(config), lambda *_: None)
     assert control.predictor().low > 0.6
     private = membership.attack(config, lambda *_: None)
-    assert private.predictor().at_chance
-    assert private.answers().at_chance
+    # The attack's direction is fixed beforehand: to be seen, members must score higher.
+    assert private.predictor().low <= 0.5
+    assert private.answers().low <= 0.5
     assert {len(control.targets), len(private.targets)} == {216}
 
 
