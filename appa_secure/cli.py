@@ -1,4 +1,4 @@
-"""The command line: `appa-secure run | sweep | report | members | audit verify | fields`.
+"""The command line: `appa-secure run | sweep | report | members | audit verify | audit privacy | fields`.
 
 Standard output carries paths only, so that commands can be chained; tables, progress and errors go to
 standard error. Expected failures end with one readable message: exit code 2 for a configuration that cannot
@@ -31,7 +31,10 @@ app = typer.Typer(
     epilog="Start with [bold]appa-secure run[/bold]: eight synthetic groups, differential privacy and secure "
     "aggregation on, a few minutes on two cores. Then [bold]appa-secure run --help[/bold].",
 )
-audit = typer.Typer(no_args_is_help=True, help="Checks for auditors, on what a run left behind.")
+audit = typer.Typer(
+    no_args_is_help=True,
+    help="Checks for auditors: of what a run left behind, and of what a configuration leaks.",
+)
 app.add_typer(audit, name="audit")
 
 _MAIN_FIELDS = (
@@ -273,6 +276,67 @@ def _check_ledger(directory: Path, name: str, budget: float, field: str) -> None
         _say(f"  {client}: epsilon {epsilon:.3f}{over}")
     if max(spent.values(), default=0.0) > budget:
         raise AppaError(f"{name}: a client spent more than {field}={budget:g}")
+
+
+_PRIVACY_HELP = f"""Measure what a configuration's releases leak, beside what its accounting claims.
+
+Plants canaries in clients' data, lets the real clients release what the run would release, and reports a lower bound on \
+epsilon with confidence: for the context, for one client's updates, and for the sum over clients. Then tries \
+membership inference and the reconstruction of context answers. No run directory is needed or touched.
+
+A measured bound above the claim proves a broken build: exit code 1. A bound below it proves nothing more than itself. \
+Takes the overrides of [bold]appa-secure run[/bold].
+
+\b
+[bold]Examples[/bold]
+  appa-secure audit privacy experiment=smoke
+  appa-secure audit privacy experiment=smoke --json > audit.json
+  appa-secure audit privacy data=opinionqa data.path=PATH --canaries 16000
+  appa-secure audit privacy privacy.epsilon=2 privacy.unit=respondent --no-attacks
+
+{_groups_help()}
+"""
+
+
+@audit.command("privacy", help=_PRIVACY_HELP)
+def audit_privacy(
+    overrides: Overrides = None,
+    canaries: Annotated[
+        int,
+        typer.Option(
+            min=100, help="Training canaries at least. A claim of 8 needs some 16000 to be refutable."
+        ),
+    ] = 4000,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of every measured bound.")] = 0.95,
+    attacks: Annotated[
+        bool, typer.Option(help="Membership inference and context reconstruction, after the canaries.")
+    ] = True,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where to write; default: OUTPUT_ROOT/audit-EXPERIMENT-SEED."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the figures as JSON, not the page's path.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the report as Markdown.")] = False,
+) -> None:
+    config = compose(overrides or [])
+    from appa_secure.audit import privacy
+    from appa_secure.progress import Progress
+
+    with Progress() as progress:
+        found = privacy.investigate(config, canaries, confidence, attacks, progress)
+    folder = out or Path(config.output_root) / f"audit-{config.experiment}-{config.seed}"
+    page = privacy.write(found, folder)
+    if as_json or markdown:
+        typer.echo((folder / (privacy.JSON if as_json else privacy.MARKDOWN)).read_text("utf-8"), nl=False)
+    else:
+        _say((folder / privacy.MARKDOWN).read_text("utf-8"))
+        typer.echo(page)
+    if found.exceeded:
+        raise AppaError(
+            f"{page}: measured epsilon exceeds the claim: {', '.join(v.name for v in found.exceeded)}"
+        )
 
 
 @app.command("fields")

@@ -83,7 +83,9 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Conf
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["run"], ["sweep"], ["report"], ["fields"], ["audit"], ["audit", "verify"]], ids=" ".join
+    "command",
+    [[], ["run"], ["sweep"], ["report"], ["fields"], ["audit"], ["audit", "verify"], ["audit", "privacy"]],
+    ids=" ".join,
 )
 def test_help_fits_a_terminal_of_80_columns(command: list[str]) -> None:
     shown = subprocess.run(

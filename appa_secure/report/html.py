@@ -91,6 +91,13 @@ def figure(svg: str | None, alt: str) -> Markup | None:
     return Markup('<img alt="{}" src="data:image/svg+xml;base64,{}">').format(alt, data)
 
 
+def audit_page(text: str, figures: Sequence[tuple[str, Markup | None]]) -> str:
+    """The page of a privacy audit: its Markdown, then its (name, image)s."""
+    return environment.get_template("audit.html").render(
+        text=statement_html(text), figures=figures, version=__version__
+    )
+
+
 def statement_html(text: str) -> Markup:
     """A privacy statement, written in Markdown, as HTML; tags in it are shown, not obeyed. Headings become h3."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
