@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 
 from appa_secure.aggregation import AggregationSpec, combine_clear
+from appa_secure.agreement import SYSTEM
 from appa_secure.errors import ConfigError, RunError
 from appa_secure.journal import read_journal
 from appa_secure.membership import FILE, Membership, membership_of, next_membership, renewed
 from appa_secure.privacy.output import plan_output
 from appa_secure.records import RunDir, verify
+from appa_secure.systems import SystemSpec
 from appa_secure.tasks import parse
 from coordinator.reward import FederatedReward
+from coordinator.rounds import NotOpened
 from tests.clients.operators import Operators, newcomer
 from tests.clients.world import World, make_world
 from tests.coordinator.test_reward import federated, ready, rollouts
@@ -273,6 +276,21 @@ def test_in_a_simulation_with_true_answers_there_is_no_predictor_to_hand_on(tmp_
         oracle.parties(*(g for g in (*GROUPS, "g7") if g != "g2"))
         for step in (2, 3):
             check(reward.step(step, *rollouts(world, step)), oracle.step(*rollouts(world, step)))
+
+
+def test_members_of_another_system_stay_the_same(tmp_path: Path) -> None:
+    """The command and the coordinator refuse, and so does a site that was told otherwise."""
+    world = ready(tmp_path, groups=7, min_cohort=5, system=SystemSpec(kind="grdpo"))
+    with world.run_dir() as run:
+        operators = Operators(world, run)
+        news = operators.agree(leave=["g3"])
+        with pytest.raises(ConfigError, match="members of system=grdpo stay the same"):
+            renewed(world.agreement, news)
+        operators.tell(news, ["g1"], coordinator=False)
+        payload = {"step": 1, "opened": 0, "parameters": b"", "questions": [], "answers": []}
+        found = world.rounds(run).sum(SYSTEM, "tune", payload, world.agreement.system_layout(4))
+        assert isinstance(found, NotOpened)
+        assert "members of system=grdpo stay the same" in found.reason
 
 
 # -- the file ------------------------------------------------------------------------------------------------
