@@ -252,7 +252,9 @@ def test_no_message_has_room_for_members() -> None:
     fields = {name for body in REQUESTS.values() for name in body}
     assert fields == {
         "run", "agreement", "session", "message", "round", "parameters", "step", "opened", "z", "questions", "answers",
+        "config", "tokenizer", "pad", "end", "weights",  # of the warmed-up policy, where clients train it
     }  # fmt: skip
+    assert set(REQUESTS["policy"]) == {"config", "tokenizer", "pad", "end", "weights"}
 
 
 def test_what_was_scored_survives_a_torn_write(tmp_path: Path) -> None:
