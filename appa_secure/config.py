@@ -120,7 +120,7 @@ class PredictorConfig(Section):
     lr: Positive = _about(0.1, "clients' learning rate (SGD); matters only with several local steps")
     server_lr: Positive = _about(3e-3, "coordinator's learning rate (Adam on the averaged update)")
     training: Literal["federated", "pooled", "one_group"] = _about(
-        "federated", "pooled, one_group: one trusted party trains on all groups at once, or on one per round"
+        "federated", "pooled, one_group: one trusted party holds all groups' answers"
     )
 
 
@@ -229,7 +229,7 @@ class EvaluationConfig(Section):
     bootstrap: int = _about(1000, "resamples of the 95 % intervals", ge=100)
     every: int = _about(1, "steps between per-group measurements of the rollouts; 0 for none", ge=0)
     predictor_every: int = _about(
-        0, "rounds between measurements of the predictor in training; 0: only when it is final", ge=0
+        0, "rounds between measurements of the predictor; 0: the final one only", ge=0
     )
 
 
