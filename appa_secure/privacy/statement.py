@@ -1,12 +1,20 @@
-"""The privacy statement of a run: what is guaranteed to whom, from the ledger and the configuration alone."""
+"""The privacy statement of a run: what is guaranteed to whom, from the ledger and the configuration alone.
+
+What it tells follows the reporting advice of Ponomareva et al., "How to DP-fy ML" (JAIR 2023, section 5.3), and NIST SP
+800-226: unit, adjacency, each mechanism with its parameters, the sampler, the accountant, epsilon with and without what
+sampling gives, and what the guarantee does not cover.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from appa_secure.config import Config
 from appa_secure.privacy import sensitivity
+from appa_secure.privacy.accounting import GaussianEvent, epsilon
 
 _UNITS = {
     "response": "one person's answer to one question",
@@ -28,10 +36,15 @@ def statement(
         "unit": p.unit,
         "unit_meaning": _UNITS[p.unit].format(bound=p.answers_per_unit),
         "adjacency": "add/remove one unit",
+        "model": "central within each client: noise is added before anything leaves it; no trust in the coordinator",
+        "mechanism": p.mechanism,
         "delta": p.delta,
         "accountant": p.accountant,
         "epsilon": spent,
-        "epsilon_of_a_person_in_several_groups": _several(spent),
+        "epsilon_without_amplification": _largest(rows, p.delta, p.accountant, 1, amplified=False),
+        "epsilon_of_a_person_in_several_groups": {
+            str(k): _largest(rows, p.delta, p.accountant, k) for k in (2, 3) if len(spent) >= k
+        },
         "secure_rng": p.secure_rng,
         "budget": p.epsilon,
         "mechanisms": _mechanisms(config, noise_multiplier) if p.enabled else [],
@@ -42,30 +55,37 @@ def statement(
     }
 
 
-def _several(spent: Mapping[str, float]) -> dict[str, float]:
-    """What a unit present at k clients may lose at most: basic composition over the k largest epsilons, k = 2, 3."""
-    largest = sorted(spent.values(), reverse=True)
-    return {str(k): sum(largest[:k]) for k in (2, 3) if len(largest) >= k}
+def _largest(
+    rows: Sequence[Mapping[str, Any]], delta: float, accountant: str, clients: int, amplified: bool = True
+) -> float:
+    """The largest epsilon at `delta` of any `clients` clients together: their releases, accounted for as one sequence.
 
-
-def _seed_warning(s: Mapping[str, Any]) -> list[str]:
-    if s["secure_rng"]:
-        return []
-    return [
-        "",
-        "**This holds only towards those who do not know the run's seed**, which is in its configuration: the noise was "
-        "made repeatable for measurement. With `privacy.secure_rng=true` it holds towards everyone.",
-    ]
+    Whoever is a unit at several clients takes part in all their releases. amplified=False counts every unit as drawn in
+    every step.
+    """
+    events: dict[str, list[GaussianEvent]] = {}
+    for row in rows:
+        rate = float(row["sample_rate"]) if amplified else 1.0
+        event = GaussianEvent(float(row["noise_multiplier"]), rate, int(row["count"]))
+        events.setdefault(row["client"], []).append(event)
+    # Clients with the same releases, as nearly all are, need one computation: combinations of bills, not of clients.
+    bills = Counter(tuple(sorted(one)) for one in events.values())
+    chosen = itertools.combinations_with_replacement(bills, clients)
+    possible = [c for c in chosen if all(n <= bills[bill] for bill, n in Counter(c).items())]
+    return max((epsilon(itertools.chain.from_iterable(c), delta, accountant) for c in possible), default=0.0)
 
 
 def _mechanisms(config: Config, noise_multiplier: float) -> list[dict[str, Any]]:
     p, t = config.privacy, config.predictor
+    spread = sensitivity.histograms(p.unit, p.answers_per_unit)
     if p.mechanism == "histogram":
         return [
             {
                 "name": "histograms of all context and training questions",
                 "kind": "Gaussian",
+                "sensitivity": spread,
                 "noise_multiplier": noise_multiplier,
+                "sampler": "none: all answers within the contribution bound",
                 "releases": 1,
             }
         ]
@@ -73,15 +93,18 @@ def _mechanisms(config: Config, noise_multiplier: float) -> list[dict[str, Any]]
         {
             "name": "private context",
             "kind": "Gaussian",
-            "noise_multiplier": p.context_noise / sensitivity.histograms(p.unit, p.answers_per_unit),
+            "sensitivity": spread,
+            "noise_multiplier": p.context_noise / spread,
+            "sampler": "none: all answers within the contribution bound",
             "releases": 1,
         },
         {
             "name": "preference predictor",
             "kind": "DP-SGD: Poisson-subsampled Gaussian, per-unit clipping",
             "noise_multiplier": noise_multiplier,
+            "sampler": "Poisson: every unit independently in every step that asks for it",
             "sample_rate": p.sample_rate,
-            "clip": p.clip,
+            "clip": sensitivity.gradient_sum(p.clip),
             "rounds": t.rounds,
             "local_steps": t.local_steps,
         },
@@ -89,11 +112,16 @@ def _mechanisms(config: Config, noise_multiplier: float) -> list[dict[str, Any]]
 
 
 def _not_covered(config: Config, nominal: bool) -> list[str]:
-    out = ["Which questions a group was asked, and that it takes part, are public."]
+    out = [
+        "Which questions a group was asked, and that it takes part, are public.",
+        "What a group as a whole prefers is not hidden by this guarantee: it protects single units.",
+        "The choice of the settings of this run (context size, noise, clipping, rounds) is not charged. The defaults were "
+        "chosen on public benchmarks; whoever tries several settings on the same people and keeps one pays for all of them.",
+    ]
     if config.privacy.unit == "response":
         out.append(
             "A person who answered many questions is protected per answer; all answers together are not one unit. "
-            "A person who is counted in several groups pays each group's epsilon: the sum bounds that person's loss."
+            "A person who is counted in several groups loses what is stated for two or three groups."
         )
     if config.predictor.training != "federated":
         out.append(
@@ -126,6 +154,7 @@ def markdown(s: Mapping[str, Any]) -> str:
             "carries a differential-privacy guarantee; do not publish it if the data are confidential.\n"
         )
     worst = max(s["epsilon"].values(), default=0.0)
+    plain = s["epsilon_without_amplification"]
     lines = [
         "# Privacy statement",
         "",
@@ -135,16 +164,16 @@ def markdown(s: Mapping[str, Any]) -> str:
         *_seed_warning(s),
         "",
         f"- Privacy unit: {s['unit']}; adjacency: {s['adjacency']}; accountant: {s['accountant'].upper()} (Opacus).",
+        f"- Where the noise is added: {s['model']}.",
         f"- Noise: {s['noise_source']}.",
+        f"- Without counting on which units were drawn staying secret: ε ≤ {plain:.2f} instead of {worst:.2f}.",
         *(
-            f"- Somebody whose data are in {k} of the groups: ε ≤ {e:.2f} in total (δ adds up likewise)."
+            f"- Somebody whose data are in {k} of the groups: ε ≤ {e:.2f} in total, at the same δ."
             for k, e in s["epsilon_of_a_person_in_several_groups"].items()
         ),
     ]
     for m in s["mechanisms"]:
-        facts = ", ".join(
-            f"{k.replace('_', ' ')} {_plain(v)}" for k, v in m.items() if k not in ("name", "kind")
-        )
+        facts = "; ".join(_facts((k, v) for k, v in m.items() if k not in ("name", "kind")))
         lines.append(f"- {m['name'].capitalize()}: {m['kind']}; {facts}.")
     lines += [
         f"- Free of further cost, because computed from the above and public text: {s['post_processing']}.",
@@ -161,5 +190,20 @@ def markdown(s: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _plain(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _seed_warning(s: Mapping[str, Any]) -> list[str]:
+    if s["secure_rng"]:
+        return []
+    return [
+        "",
+        "**This holds only towards those who do not know the run's seed**, which is in its configuration: the noise was "
+        "made repeatable for measurement. With `privacy.secure_rng=true` it holds towards everyone.",
+    ]
+
+
+def _facts(parameters: Iterable[tuple[str, Any]]) -> Iterable[str]:
+    for name, value in parameters:
+        yield (
+            f"{name.replace('_', ' ')} {value:.4g}"
+            if isinstance(value, float)
+            else f"{name.replace('_', ' ')} {value}"
+        )

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from appa_secure.report.run import Run, load_run, lookup
-from appa_secure.report.words import duration, gap_closed, number, percent
+from appa_secure.report.words import banner, duration, gap_closed, number, percent
 
 # Fields in which runs differ without being different experiments.
 _NOT_OPTIONS = ("name", "output_root", "seed", "federation.client_root")
@@ -193,8 +193,24 @@ def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def comparison_markdown(rows: Sequence[Row]) -> str:
-    """One line per run."""
-    return markdown(HEADS, [cells(row) for row in rows])
+    """One line per run, and what the figures together cost."""
+    return markdown(HEADS, [cells(row) for row in rows]) + choice_note(rows)
+
+
+def choice_note(rows: Sequence[Row]) -> str:
+    """The stamp of a table of runs: each ledger pays for one run, and none for the choice among several."""
+    if any(banner(row.run) for row in rows):
+        return (
+            "\nnot private: at least one of these runs was measured against true answers or ran without protection. "
+            "No ledger pays for a choice made by such figures.\n"
+        )
+    if len(rows) > 1:
+        total = sum(row.run.largest_epsilon or 0.0 for row in rows)
+        return (
+            f"\nEach ε is one run's. Where these runs used the same people's answers, all of them together, and a choice "
+            f"among them, cost up to ε = {total:.2f}; each δ counts as well.\n"
+        )
+    return ""
 
 
 def results_markdown(run_dirs: Sequence[Path]) -> str:
@@ -211,7 +227,7 @@ def results_markdown(run_dirs: Sequence[Path]) -> str:
     lines = [_start(rows[0].run)] if rows[0].run.alignment("train", "before") else []
     for label, members in grouped.items():
         lines.append(cells(members[0]) if len(members) == 1 else _over_seeds(label, members))
-    return markdown(HEADS, lines)
+    return markdown(HEADS, lines) + choice_note(rows)
 
 
 def _start(run: Run) -> list[str]:

@@ -133,3 +133,34 @@ def test_impossible_questions_are_refused() -> None:
             epsilon([GaussianEvent(1.0, 1.0, 1)], delta, "rdp")
     with pytest.raises(PrivacyError, match="'gdp'"):
         epsilon([GaussianEvent(1.0, 1.0, 1)], DELTA, "gdp")
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    context=st.floats(2, 30),
+    noise=st.floats(0.8, 20),
+    rate=st.sampled_from([0.05, 0.1, 0.5, 1.0]),
+    count=st.integers(1, 60),
+    groups=st.integers(1, 3),
+)
+def test_three_accountants_agree_on_what_a_client_releases(context, noise, rate, count, groups) -> None:
+    """Context and rounds, at one client or at the three a person may be counted in: PLD = PRV within 2 %, RDP above."""
+    events = [GaussianEvent(context, 1.0, 1), GaussianEvent(noise, rate, count)] * groups
+    book = PLDAccountant()
+    for event in events:
+        inner = dp_event.GaussianDpEvent(event.noise_multiplier)
+        book.compose(
+            inner if event.sample_rate == 1 else dp_event.PoissonSampledDpEvent(event.sample_rate, inner),
+            event.count,
+        )
+    pld, prv, rdp = book.get_epsilon(DELTA), epsilon(events, DELTA, "prv"), epsilon(events, DELTA, "rdp")
+    assert prv == pytest.approx(pld, rel=0.02, abs=0.02)
+    assert prv <= rdp * 1.001 + 0.02
+
+
+@pytest.mark.parametrize("name", ["prv", "rdp"])
+def test_a_person_in_three_groups_loses_less_than_three_times_as_much(name) -> None:
+    """Joint accounting against basic composition (sum of epsilons at the sum of deltas), which it must not exceed."""
+    mine = [GaussianEvent(8.0, 1.0, 1), GaussianEvent(2.0, 0.1, 60)]
+    alone, joint = epsilon(mine, DELTA, name), epsilon(mine * 3, DELTA, name)
+    assert alone < joint < 3 * alone

@@ -145,3 +145,42 @@ def test_an_auditor_catches_a_row_left_out(tmp_path: Path) -> None:
     honest = epsilon([CONTEXT, STEP, STEP], 1e-6, "rdp")
     with pytest.raises(PrivacyError, match="row 4"):
         check_rows([*rows[:3], {**rows[3], "epsilon": honest}])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_killed_at_any_byte_any_number_of_times_it_ends_as_if_undisturbed(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    """A run pays for its releases in order; each kill leaves the file cut at any byte from the last whole row on."""
+    releases = [
+        (f"release {i}", GaussianEvent(noise, 0.1, count))
+        for i, (noise, count) in enumerate(
+            data.draw(st.lists(st.tuples(st.floats(3, 9), st.integers(0, 4)), min_size=1, max_size=6))
+        )
+    ]
+    whole, path = tmp_path / "whole", tmp_path / "killed"
+    for file in (whole, path):
+        file.unlink(missing_ok=True)
+    ledger = Ledger(whole, "clinic", BUDGET)
+    for release in releases:
+        ledger.charge(*release)
+    ledger.close()
+    wanted, paid = whole.read_bytes(), 0
+    for _ in range(data.draw(st.integers(1, 4))):
+        ledger = Ledger(path, "clinic", BUDGET)
+        assert len(ledger.rows) >= paid  # nothing that was paid for is forgotten
+        done = data.draw(st.integers(0, len(releases)))
+        for release in releases[:done]:  # a resumed run asks from the beginning
+            ledger.charge(*release)
+        ledger.close()
+        content = path.read_bytes()
+        paid = content.count(b"\n")
+        if len(content) < len(wanted):  # killed while the next row was being written
+            cut = data.draw(st.integers(0, wanted.index(b"\n", len(content)) - len(content)))
+            path.write_bytes(wanted[: len(content) + cut])
+    ledger = Ledger(path, "clinic", BUDGET)
+    for release in releases:
+        ledger.charge(*release)
+    ledger.close()
+    assert path.read_bytes() == wanted

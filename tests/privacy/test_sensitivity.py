@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,14 @@ import pytest
 from appa_secure.data import GroupData, Question, Responses
 from appa_secure.data.survey import counts_of
 from appa_secure.errors import DataError
+from appa_secure.predictor import PreferencePredictor
 from appa_secure.privacy import sensitivity
+from appa_secure.privacy.noise import sampler
+from appa_secure.privacy.plan import TrainingPlan
 from clients.context import _bounded_counts
-from tests.clients.world import KEY
+from clients.sampling import bounded_answers
+from clients.training import LocalTrainer
+from tests.clients.world import KEY, SHAPE, make_embeddings, make_plan
 
 QUESTIONS = tuple(Question(f"q{i}", f"Question {i}?", ("no", "yes"), (0, 1)) for i in range(3))
 QIDS = [q.qid for q in QUESTIONS]
@@ -86,3 +92,55 @@ def test_histograms_record() -> None:
 def test_the_same_question_twice_is_no_data_set() -> None:
     with pytest.raises(DataError, match="twice"):
         Responses(np.array([7, 7]), np.array([1, 1]), np.array([0, 1]))
+
+
+@pytest.mark.parametrize("bound", [1, 2])
+def test_a_person_in_context_and_training_is_bounded_in_each_and_pays_for_both(bound: int) -> None:
+    """Respondents: q0 is context, q1 and q2 train. dpsgd: two mechanisms, each bounded, both on the bill. histogram: one."""
+    plan = make_plan(QIDS[1:], QIDS[:1], unit="respondent", answers_per_unit=bound, questions_per_step=1)
+    for given in itertools.product((0, 1), repeat=3):
+        data = group((given, given))
+        context = _bounded_counts(data, {"q0": 2}, "respondent", bound, KEY, QIDS)["q0"]
+        training = bounded_answers(data, plan, QIDS, KEY)
+        assert context.sum() == 2  # each of the two people once
+        assert {len(rows) for rows in training.values()} == {bound}
+        assert all(q != "q0" for rows in training.values() for q, _ in rows)
+        assert (
+            released(data, "respondent", bound).sum() == 2 * bound
+        )  # one bound over context and training together
+    # A response or a record is in one step per pass; a person with answers everywhere is in every step, and so charged.
+    assert [plan.participations(r) for r in (1, 2, 3)] == [1, 2, 3]
+    assert [replace(plan, unit="response").participations(r) for r in (1, 2, 3)] == [1, 1, 2]
+
+
+def test_many_answers_of_one_person_move_a_step_by_the_clipping_norm_at_most() -> None:
+    """All data sets of one person beside another, against the same without the person; every unit of the three."""
+    embeddings = make_embeddings(QUESTIONS)
+    context = {"q0": np.array([0.3, 0.7])}
+    model = PreferencePredictor(SHAPE)
+    clip = 0.2
+    for unit in ("respondent", "response", "record"):
+        plan = make_plan(
+            QIDS[1:],
+            QIDS[:1],
+            unit=unit,
+            answers_per_unit=3,
+            clip=clip,
+            sample_rate=1.0,
+            questions_per_step=2,
+        )
+
+        def total(people: tuple[tuple[int | None, ...], ...], plan: TrainingPlan = plan) -> np.ndarray:
+            trainer = LocalTrainer(plan, group(people), embeddings, context, 5.0, QIDS, KEY)
+            asked = [q for q in QIDS[1:] if q in trainer.counts]
+            return trainer._clipped_sum(model, asked, trainer._sample(asked, sampler(KEY, "all")))
+
+        other, moves = (0, 1, 0), []
+        for mine in itertools.product((None,), (None, 0, 1), (None, 0, 1)):
+            answered = sum(a is not None for a in mine)
+            if unit == "respondent" or (unit == "response" and answered == 1):
+                moves.append(np.linalg.norm(total((other, mine)) - total((other,))))
+            elif unit == "record" and answered == 1:  # alone: with and without that question's distribution
+                moves.append(np.linalg.norm(total((mine,)) - total(((None,) * 3,))))
+        assert max(moves) <= sensitivity.gradient_sum(clip) * (1 + 1e-4), unit
+        assert max(moves) > 0.5 * clip, unit

@@ -1,25 +1,56 @@
 """The privacy statement says what holds, for whom, and what does not."""
 
 from pathlib import Path
+from typing import Any
 
 from appa_secure.config import compose
+from appa_secure.privacy.accounting import GaussianEvent, epsilon
 from appa_secure.privacy.statement import markdown, statement
 
-ROWS = [
-    {"client": "A", "epsilon": 1.0},
-    {"client": "A", "epsilon": 3.0},
-    {"client": "B", "epsilon": 2.5},
-    {"client": "C", "epsilon": 0.5},
-]
+DELTA = 1e-6
 
 
-def test_epsilon_is_the_last_per_client_and_adds_up_for_a_person_in_several_groups() -> None:
+def row(client: str, *events: GaussianEvent) -> list[dict[str, Any]]:
+    """A client's ledger rows, as far as the statement reads them."""
+    return [
+        {
+            "client": client, "noise_multiplier": e.noise_multiplier, "sample_rate": e.sample_rate, "count": e.count,
+            "epsilon": epsilon(events[: i + 1], DELTA, "prv"),
+        }
+        for i, e in enumerate(events)
+    ]  # fmt: skip
+
+
+CONTEXT, STEPS = GaussianEvent(8.0, 1.0, 1), GaussianEvent(2.0, 0.1, 20)
+ROWS = row("A", CONTEXT, STEPS) + row("B", CONTEXT, STEPS) + row("C", CONTEXT) + row("D", CONTEXT, STEPS)
+
+
+def test_epsilon_is_the_last_per_client_and_of_a_person_in_several_groups_that_of_all_their_releases() -> (
+    None
+):
     found = statement(compose(["experiment=smoke"]), ROWS, 1.2, nominal=False)
-    assert found["epsilon"] == {"A": 3.0, "B": 2.5, "C": 0.5}
-    assert found["epsilon_of_a_person_in_several_groups"] == {"2": 5.5, "3": 6.0}
+    one = epsilon([CONTEXT, STEPS], DELTA, "prv")
+    assert found["epsilon"] == {"A": one, "B": one, "C": epsilon([CONTEXT], DELTA, "prv"), "D": one}
+    several = found["epsilon_of_a_person_in_several_groups"]
+    assert several == {k: epsilon([CONTEXT, STEPS] * int(k), DELTA, "prv") for k in ("2", "3")}
+    assert one < several["2"] < several["3"] < 3 * one
+    undrawn = found["epsilon_without_amplification"]
+    assert undrawn == epsilon([CONTEXT, GaussianEvent(2.0, 1.0, 20)], DELTA, "prv") > one
     text = markdown(found)
-    assert "ε ≤ 3.00" in text
-    assert "in 3 of the groups: ε ≤ 6.00" in text
+    assert f"ε ≤ {one:.2f}**" in text
+    assert f"in 3 of the groups: ε ≤ {several['3']:.2f}" in text
+    assert f"ε ≤ {undrawn:.2f} instead of {one:.2f}" in text
+
+
+def test_every_mechanism_is_told_with_its_parameters() -> None:
+    told = markdown(statement(compose(["experiment=smoke"]), ROWS, 1.2, nominal=False))
+    for fact in ("add/remove one unit", "PRV", "Poisson", "clip 1", "sample rate 0.1", "noise multiplier 1.2", "δ = 1e-06",
+                 "choice of the settings", "sensitivity 1"):  # fmt: skip
+        assert fact in told, fact
+    once = statement(compose(["experiment=smoke", "privacy.mechanism=histogram"]), ROWS, 1.2, nominal=False)
+    (only,) = once["mechanisms"]
+    assert (only["kind"], only["releases"], only["noise_multiplier"]) == ("Gaussian", 1, 1.2)
+    assert "DP-SGD" not in markdown(once)
 
 
 def test_repeatable_noise_is_said_in_the_headline_and_secret_noise_needs_no_warning() -> None:

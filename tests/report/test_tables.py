@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from appa_secure.report import results_markdown, terminal_table
+from appa_secure.report.run import load_run
 from appa_secure.report.tables import load_rows, markdown
 
 MakeRun = Callable[..., Path]
@@ -59,7 +60,7 @@ def test_results_put_seeds_together(tmp_path: Path, make_run: MakeRun) -> None:
     runs = [make_run(tmp_path / str(seed), steps=1, seed=seed) for seed in (1, 2, 3)]
     lone = make_run(tmp_path / "min", steps=1, kind="min")
     lines = results_markdown([*runs, lone]).strip().splitlines()
-    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:] if line.startswith("|")] == [
         "before training",
         "appa, mean (range)",
         "min",
@@ -72,6 +73,19 @@ def test_results_put_seeds_together(tmp_path: Path, make_run: MakeRun) -> None:
     assert "| 1 2 3 |" in lines[3]
     low, high = after[3]["ci95"]["avg"]
     assert f"[{low:.3f}, {high:.3f}]" in lines[4]
+
+
+def test_a_table_says_what_choosing_among_its_runs_costs(tmp_path: Path, make_run: MakeRun) -> None:
+    """A ledger pays for one run. The choice among several is stamped, or summed up, and never free by silence."""
+    measured = [make_run(tmp_path / f"m{i}", steps=1, seed=i) for i in (1, 2)]
+    kept = [make_run(tmp_path / f"k{i}", steps=1, seed=i, truth=False) for i in (1, 2)]
+    assert "\nnot private: " in results_markdown(measured)
+    assert "\nnot private: " in results_markdown([*kept, measured[0]])
+    told = results_markdown(kept)
+    assert "not private" not in told
+    total = sum(max(load_run(run).epsilon.values()) for run in kept)
+    assert f"cost up to ε = {total:.2f}" in told
+    assert "cost up to" not in results_markdown(kept[:1])
 
 
 def test_an_unfinished_run_is_marked(tmp_path: Path, make_run: MakeRun) -> None:
