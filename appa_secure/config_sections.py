@@ -256,7 +256,7 @@ class EvaluationConfig(Section):
     bootstrap: int = _about(1000, "resamples of the 95 % intervals", ge=100)
     every: int = _about(1, "steps between per-group measurements of the rollouts; 0 for none", ge=0)
     predictor_every: int = _about(
-        0, "rounds between measurements of the predictor; 0: only the final one", ge=0
+        0, "rounds between measurements of the predictor; 0: the final one only", ge=0
     )
 
 

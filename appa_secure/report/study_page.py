@@ -19,7 +19,7 @@ from appa_secure.report.study import (
     load_study,
     write_results,
 )
-from appa_secure.report.tables import markdown
+from appa_secure.report.tables import Row, choice_note, markdown
 from appa_secure.report.words import banner
 
 FIGURES = "figures"
@@ -54,6 +54,7 @@ def render_study(root: Path, by: str | None = None) -> Path:
         speed=speed_table(study, pairs),
         figures=[(drawing.caption, figure(drawing.svg, drawing.caption)) for drawing in drawings],
         missing=study.missing,
+        choice=choice_note([Row(name, run) for name, run in study.runs.items()]),
         not_private=any(banner(run) for run in study.runs.values()),
         version=__version__,
     )
@@ -77,7 +78,7 @@ def study_markdown(root: Path, by: str | None = None) -> str:
         blocks.append(markdown(SPEED_HEADS, speed))
     if study.missing:
         blocks.append(f"Not finished: {', '.join(study.missing)}\n")
-    return "\n".join(blocks)
+    return "\n".join(blocks) + choice_note([Row(name, run) for name, run in study.runs.items()])
 
 
 def means_heads() -> list[str]:

@@ -143,6 +143,7 @@ def test_the_report_shows_tables_figures_and_what_is_missing(sweep: Path) -> Non
     text = study_markdown(sweep)
     assert "| min | 3 | 0.8400 [" in text
     assert "Not finished: aggregation-max_seed-1" in text
+    assert "No ledger pays for a choice" in text
     assert not math.isnan(load_study(sweep).frame["value"].sum())
 
 
