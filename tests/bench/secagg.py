@@ -58,6 +58,7 @@ DROPPED = (0.0, 0.1, 0.3)
 RING_BITS = 32
 CONTEXT = hashlib.sha256(b"bench").digest()
 CHUNK = 256 * 1024
+BOUND = "what bounds it"
 REPO = Path(__file__).resolve().parents[2]
 
 Seconds = list[float]
@@ -269,7 +270,8 @@ class Report:
         self.tables.append((title, heads, rows))
         table = Table(title=title, title_justify="left")
         for i, head in enumerate(heads):
-            table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
+            words = i == 0 or head == BOUND
+            table.add_column(head, justify="left" if words else "right", no_wrap=head != BOUND)
         for row in rows:
             table.add_row(*(f"[bold red]{c}[/]" if c == "MISSED" else c for c in row))
         Console(width=max(Console().width, 110)).print(table)  # a table cut at 80 columns loses its figures
@@ -434,7 +436,7 @@ def compare(args: argparse.Namespace, progress: Progress, report: Report) -> Non
         "n = 1,000: client": "one keystream key per peer; the first round's acknowledgements are not counted",
         "n = 1,000: server": "decoding of 900 uploads and answers; shares of 1,000 secrets, 114 of 153 each",
     }
-    heads = ("what", "target", "reached", "verdict", "what bounds it")
+    heads = ("what", "target", "reached", "verdict", BOUND)
     report.add("Targets", heads, targets(ours, peers, share, large, why))
 
 

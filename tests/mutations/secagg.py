@@ -258,8 +258,7 @@ ROWS = (
     row(7, "a client counts the survivors", LIES + "test_lies_about_dropouts_are_refused",
         ("if len(survivors) < epoch.parameters.threshold:", "if len(survivors) < 1:")),
     # 8
-    row(8, "masks towards dropped parties are removed with their sign",
-        DRIVER + "test_any_dropout_pattern_gives_the_survivors_sum_or_a_clean_abort",
+    row(8, "masks towards dropped parties are removed with their sign", RECOVERY + "test_recovery_needs_no_key_agreement",
         ("(subtract if name < gone else add)", "(add if name < gone else subtract)")),
     row(8, "the coordinator stops below the threshold",
         DRIVER + "test_any_dropout_pattern_gives_the_survivors_sum_or_a_clean_abort",
