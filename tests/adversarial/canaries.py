@@ -1,8 +1,9 @@
 """A search for private numbers in bytes, in every encoding a leak could take, with next to no false alarms.
 
-What it knows of a number: float64, int64 and fixed-point ring values in either byte order; neighbouring pairs
-of an array as float32 or int32; CBOR integers; decimal text; all of these again inside hexadecimal or base64
-text. Single 4-byte values and short decimals are left out: they occur by chance in megabytes of masks.
+What it knows of a number: float64, int64 and fixed-point ring values in either byte order, short ones next to
+another; neighbouring pairs of an array as float32 or int32; CBOR integers; decimal text; all of these again inside
+hexadecimal or base64 text. Single 4-byte values and short decimals are left out: they occur by chance in megabytes
+of masks.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Canaries:
         self._words: dict[bytes, str] = {}  # byte strings of any length
         self._digits: dict[str, dict[str, str]] = defaultdict(dict)  # leading digits -> {owner: name}
         self._triples: dict[tuple[int, ...], str] = {}
+        self._common: set[int] = set()  # words that count only next to another of the same name
 
     @property
     def names(self) -> set[str]:
@@ -94,19 +96,28 @@ class Canaries:
         assert values.dtype.itemsize == 8
         for value in values:
             signed = abs(int(np.int64(value)))
-            # Small or round codes are not distinctive. A float32's has 24 bits and zeros, as have words that straddle two
-            # entries of a random generator's saved state: thousands of such codes do meet one of those by chance.
-            if signed and signed // (signed & -signed) > 2**28:
+            bits = signed // (signed & -signed) if signed else 0
+            # Small or round codes are not distinctive. A float32's has 24 bits and zeros, and so have words of float64
+            # arrays made of float32s, in the other byte order, and words that straddle two entries of a random
+            # generator's state: of thousands of such codes one meets one of those by chance, two neighbours do not.
+            if signed > 2**24 and bits > 2**16:
                 self._eight(name, owner, value)
+                if bits <= 2**40:
+                    self._common.update(self._encoded(value))
 
     def secret(self, name: str, value: bytes) -> None:
         """A key."""
         self._words[value] = name
 
     def _eight(self, name: str, owner: str, value: np.ndarray | np.generic) -> None:
+        for word in self._encoded(value):
+            self._owners[word][owner] = name
+
+    @staticmethod
+    def _encoded(value: np.ndarray | np.generic) -> list[int]:
         raw = np.atleast_1d(value)
-        for encoded in (raw.tobytes(), raw.byteswap().tobytes(), raw[::-1].byteswap().tobytes()):
-            self._owners[int.from_bytes(encoded, "little")][owner] = name
+        encodings = (raw.tobytes(), raw.byteswap().tobytes(), raw[::-1].byteswap().tobytes())
+        return [int.from_bytes(encoded, "little") for encoded in encodings]
 
     def scan(self, blob: bytes) -> set[str]:
         """Names of the canaries that occur in `blob`."""
@@ -119,8 +130,18 @@ class Canaries:
             found |= {name for word, name in self._words.items() if word in part} | self._scan_text(part)
             for offset in range(min(8, max(len(part) - 7, 0))):
                 here = np.frombuffer(part, dtype="<u8", offset=offset, count=(len(part) - offset) // 8)
-                hits = here[likely[(here * _MIXER) >> _SHIFT]].tolist()
-                found |= {unique[value] for value in hits if value in unique}
+                at = np.flatnonzero(likely[(here * _MIXER) >> _SHIFT])
+                hits = {
+                    i: value
+                    for i, value in zip(at.tolist(), here[at].tolist(), strict=True)
+                    if value in unique
+                }
+                found |= {
+                    unique[value]
+                    for i, value in hits.items()
+                    if value not in self._common
+                    or unique[value] in (unique.get(hits.get(i + 1)), unique.get(hits.get(i - 1)))
+                }
         return found
 
     def _scan_text(self, blob: bytes) -> set[str]:

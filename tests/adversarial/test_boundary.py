@@ -266,6 +266,21 @@ def planted() -> tuple[Canaries, np.ndarray, np.ndarray]:
     return canaries, shares, counts
 
 
+@pytest.mark.parametrize("order", "<>")
+def test_short_codes_are_found_next_to_another_only(order: str) -> None:
+    """A float32's code alone is no proof: a float64 made of a float32 looks like one in the other byte order."""
+    codes = (
+        (np.random.default_rng(3).normal(size=4).astype("<f4").astype("<f8") * 2**40)
+        .astype("<i8")
+        .view("<u8")
+    )
+    canaries, noise = Canaries(), np.random.default_rng(4).bytes(999)
+    canaries.ring("code", "a", codes)
+    raw = codes.astype(f"{order}u8")
+    assert canaries.scan(noise + raw[1:3].tobytes() + noise) == {"code"}
+    assert not canaries.scan(noise + raw[1:2].tobytes() + noise)
+
+
 def test_every_encoding_is_found_at_every_offset(planted) -> None:
     canaries, shares, counts = planted
     noise = np.random.default_rng(2).bytes(4000)
