@@ -94,7 +94,9 @@ class Canaries:
         assert values.dtype.itemsize == 8
         for value in values:
             signed = abs(int(np.int64(value)))
-            if signed % 2**20 and signed > 2**24:  # small or round codes are not distinctive
+            # Small or round codes are not distinctive: an update of a few units in the last place of a float32 has a
+            # code of few digits and many zeros, like the offsets in an archive.
+            if signed > 2**24 and signed // (signed & -signed) > 2**20:
                 self._eight(name, owner, value)
 
     def secret(self, name: str, value: bytes) -> None:
