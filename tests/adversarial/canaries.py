@@ -100,7 +100,7 @@ class Canaries:
             # Small or round codes are not distinctive. A float32's has 24 bits and zeros, and so have words of float64
             # arrays made of float32s, in the other byte order, and words that straddle two entries of a random
             # generator's state: of thousands of such codes one meets one of those by chance, two neighbours do not.
-            if signed > 2**24 and bits > 2**16:
+            if signed > 2**24 and bits > 2**20:
                 self._eight(name, owner, value)
                 if bits <= 2**40:
                     self._common.update(self._encoded(value))
