@@ -19,13 +19,13 @@ from datasets import Dataset
 
 from appa_secure.agreement import REWARD
 from appa_secure.config import Config, compose
+from appa_secure.language import lora_config
 from appa_secure.launch import LocalFederation, prepare
 from appa_secure.membership import Scored
 from appa_secure.progress import Progress
 from appa_secure.records import Journal, RunDir
 from appa_secure.tasks import prompt
 from coordinator.pipeline import Pipeline, _load
-from coordinator.policies import lora_config
 from coordinator.ppo import PPOTrainer, make_config
 from coordinator.reward import FederatedReward
 from coordinator.rounds import Rounds
@@ -113,7 +113,7 @@ def test_share_of_a_ppo_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             ]
         ),
         processing_class=tokenizer,
-        peft_config=lora_config(config.policy),
+        peft_config=lora_config(None),  # the tiny policy has no adapter
         on_step=lambda _: ends.append(both_clocks()),
     )
     trainer.train()
