@@ -51,7 +51,9 @@ def begin(root: Path, mode: str) -> tuple[Config, Pipeline]:
     run = RunDir.create(root / mode / "run")
     parts = prepare(config, run.root)
     federation = LocalFederation({c: parts.client(c).handle for c in parts.agreement.clients})
-    pipeline = Pipeline(config, parts.agreement, parts.heldout, federation, run, Progress(), parts.nominal)
+    pipeline = Pipeline(
+        config, parts.agreement, parts.heldout, federation, run, Progress(), parts.nominal, parts.embeddings
+    )
     for stage in ("setup", "context", "predictor", *(("warmup",) if mode == "blind" else ())):
         pipeline._stage(stage, getattr(pipeline, f"_{stage}"))
     return config, pipeline
