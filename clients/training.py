@@ -9,6 +9,7 @@ sensitivity of one response at the clipping norm.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -34,7 +35,7 @@ from clients.sampling import Examples
 _CHUNK = 256  # examples per backward pass: bounds the memory for activations
 
 
-class Trainer:
+class Trainer(ABC):
     """One client's side of a predictor round: `local_steps` steps on the plan's public schedule of questions."""
 
     def __init__(
@@ -53,8 +54,9 @@ class Trainer:
             self._step(model, questions, f"{label}/{step}")
         return (start - flatten(model).astype(np.float64)) / self.plan.lr
 
+    @abstractmethod
     def _step(self, model: PreferencePredictor, questions: Sequence[str], label: str) -> None:
-        raise NotImplementedError
+        """One step on the answers to `questions`, in place; `label` names its randomness."""
 
 
 class ShareTrainer(Trainer):

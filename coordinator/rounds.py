@@ -206,7 +206,9 @@ class Rounds:
 
 def _faults(wire: _Wire, outcome: Aborted) -> list[str]:
     """What went wrong with whom: refused by the client around the protocol, and in the protocol."""
-    return wire.faults + [f"{f.party}: {f.reason}" for f in outcome.faults]
+    found = wire.faults + [f"{f.party}: {f.reason}" for f in outcome.faults]
+    found += [f"{name}: culprit" for name in outcome.culprits]
+    return found + [f"{one} or {other}: one of them lies about a packet" for one, other in outcome.disputes]
 
 
 def _reason(wire: _Wire, outcome: Aborted) -> str:

@@ -13,9 +13,11 @@ import pytest
 
 from appa_secure.agreement import PREDICTOR, REWARD
 from appa_secure.errors import RunError
-from appa_secure.messages import REPLIES, Message, Refused, digest, pack
+from appa_secure.messages import REPLIES, REQUESTS, Message, Refused, digest, pack, unpack
 from appa_secure.records import verify
-from appa_secure.secagg.errors import BadEncoding
+from appa_secure.secagg.errors import BadEncoding, BadShare
+from appa_secure.secagg.keys import COORDINATOR
+from appa_secure.secagg.wire import START, peek
 from clients.client import Client
 from clients.store import ClientStore
 from coordinator.predictor import initial_predictor
@@ -327,3 +329,29 @@ def test_closing_destroys_the_secrets_of_unused_rounds(tmp_path: Path) -> None:
         assert stored == machines[0].export_state()
         assert isinstance(reward_sum(world, rounds, 2, 1), Summed)  # a later sum sets a new epoch up
         assert len([row for row in run.transcript if row["event"] == "epoch"]) == 2
+
+
+def test_the_transcript_names_culprits_and_pairs_of_which_one_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dealer's packets do not open: one holder says so, which is its word against the dealer's."""
+    world = make_world(tmp_path)
+    liar, victim = world.clients[:2]
+    answer = world.members[liar].handle
+
+    def refusing(raw: bytes) -> bytes:
+        """Claims, at the final roster, that the packet of `victim` does not open."""
+        message = unpack(REQUESTS, raw, COORDINATOR)
+        if message.kind != "secagg" or peek(message.body["message"]).type != START:
+            return answer(raw)
+        machine = world.members[liar]._machine(message.body["session"])
+        error = BadShare(victim, "packet does not open")
+        return pack(REPLIES, "secagg", message=machine.refuse(message.body["message"], error))
+
+    world.set_up()
+    monkeypatch.setattr(world.members[liar], "handle", refusing)
+    with world.run_dir() as run:
+        summed = update_sum(world, world.rounds(run))
+        aborts = [row for row in run.transcript if row["event"] == "abort"]
+    assert isinstance(summed, NotOpened)
+    assert f"{liar} or {victim}: one of them lies about a packet" in aborts[0]["faults"]
