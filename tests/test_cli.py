@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import typer
 
 from appa_secure import cli, config_checks, records
 from appa_secure import sweep as sweeping
@@ -507,7 +508,14 @@ def check(words: list[str]) -> None:
     elif command == "sweep":
         sweeping.plan([word for word in arguments if not re.fullmatch(r"--jobs|-j|\d+", word)])
     else:
-        assert command in ("run", "report", "audit", "fields", "--help", "--version"), words
+        parsed: Any = typer.main.get_command(cli.app)
+        while words and words[0] in getattr(parsed, "commands", ()):
+            parsed, words = parsed.commands[words[0]], words[1:]
+        # Raises for an option the command does not have; an unknown command is left over.
+        _, rest, _ = parsed.make_parser(parsed.context_class(parsed)).parse_args(list(words))
+        assert not hasattr(parsed, "commands") or not rest, words
+        if parsed.name == "privacy":
+            compose(rest)
 
 
 def test_commands_in_the_documents_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
