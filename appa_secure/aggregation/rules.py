@@ -164,7 +164,7 @@ def _appa_sums(spec: AggregationSpec) -> tuple[Sum, ...]:
         lambda g: math.exp((lo - min(max(g.history, lo), hi)) / temperature),
         per_rollout=False,
     )
-    return (e, z, _WEIGHTS)
+    return (e, z, _weights(spec))
 
 
 def _appa(spec: AggregationSpec, sums: Sums) -> tuple[Floats, str]:
@@ -179,7 +179,7 @@ def _appa(spec: AggregationSpec, sums: Sums) -> tuple[Floats, str]:
 
 
 def _maximin_sums(spec: AggregationSpec) -> tuple[Sum, ...]:
-    return (Sum("E", 0.0, 1.0, lambda g: g.weight * g.rewards), _WEIGHTS)
+    return (Sum("E", 0.0, 1.0, lambda g: g.weight * g.rewards), _weights(spec))
 
 
 def _maximin(spec: AggregationSpec, sums: Sums) -> tuple[Floats, str]:
@@ -187,7 +187,12 @@ def _maximin(spec: AggregationSpec, sums: Sums) -> tuple[Floats, str]:
     return (1.0 - spec.dial) * sums.mean + spec.dial * weighted, "weighted"
 
 
-_WEIGHTS = Sum("A", 0.0, 1.0, lambda g: g.weight, per_rollout=False)
+def _weights(spec: AggregationSpec) -> Sum:
+    """A. A weight of `paper` can be as small as exp(-1/T)/G, any other is exp(-x/T) for an x within the band's width."""
+    lo, hi = spec.band
+    least = 0.0 if spec.variant == "paper" else math.exp((lo - hi) / spec.temperature)
+    return Sum("A", least, 1.0, lambda g: g.weight, per_rollout=False)
+
 
 BUILT_IN: dict[str, Rule] = {
     "average": Rule(lambda spec: (), _average),
