@@ -140,6 +140,16 @@ def pad_options(embeddings: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(out), torch.from_numpy(mask)
 
 
+def together(model: PreferencePredictor, context: Tensor, targets: Tensor) -> Tensor:
+    """Logits (Q, K) of Q questions (Q, K, E) under one context (C, 2E), in one pass over the context.
+
+    Targets attend to the context alone, so all options of all questions can be targets of one example: the same numbers
+    as an example per question up to rounding, with 1/Q of the work on the context.
+    """
+    asked, options = targets.shape[:2]
+    return model(context[None], targets.reshape(1, asked * options, -1)).view(asked, options)
+
+
 @torch.no_grad()
 def predict(model: PreferencePredictor, context: Tensor, embeddings: list[np.ndarray]) -> list[np.ndarray]:
     """Predicted preference distributions, one (K_i,) float64 array per question.
@@ -151,8 +161,7 @@ def predict(model: PreferencePredictor, context: Tensor, embeddings: list[np.nda
     out: list[np.ndarray] = []
     for start in range(0, len(embeddings), 128):
         part, keep = targets[start : start + 128], mask[start : start + 128]
-        logits = model(context.expand(len(part), -1, -1), part)
-        p = log_likelihood(logits, keep).exp().double().numpy()
+        p = log_likelihood(together(model, context, part), keep).exp().double().numpy()
         out += [row[m] / row[m].sum() for row, m in zip(p, keep.numpy(), strict=True)]
     return out
 

@@ -23,6 +23,7 @@ from appa_secure.predictor import (
     flatten,
     log_likelihood,
     pad_options,
+    together,
     unflatten,
 )
 from appa_secure.privacy import sensitivity
@@ -85,9 +86,7 @@ class ShareTrainer(Trainer):
         for i, q in enumerate(here):
             wanted[i, : len(self.shares[q])] = torch.from_numpy(self.shares[q])
         model.train()
-        likely = log_likelihood(model(self.points.expand(len(targets), -1, -1), targets), mask).masked_fill(
-            ~mask, 0.0
-        )
+        likely = log_likelihood(together(model, self.points, targets), mask).masked_fill(~mask, 0.0)
         (-(wanted * likely).sum() / len(here)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
