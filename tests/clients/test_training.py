@@ -19,7 +19,7 @@ from appa_secure.privacy.noise import gaussian, sampler
 from clients.clipping import ClippedGradients
 from clients.context import raw_shares
 from clients.sampling import Examples, bounded_answers, respondents
-from clients.training import LocalTrainer, ShareTrainer, Trainer, _chunks
+from clients.training import LocalTrainer, ShareTrainer, Trainer
 from tests.clients.world import KEY, SHAPE, make_embeddings, make_group, make_plan, make_questions
 
 QUESTIONS = make_questions(10)
@@ -140,12 +140,13 @@ def test_more_examples_than_one_chunk_holds_give_the_same_sum(monkeypatch: pytes
     monkeypatch.setattr("clients.training._CHUNK", 64)
     cells = [(questions[i % 2], i % 2) for i in range(150)]
     examples = cells_of(cells, questions, [1] * 150)
-    assert len(list(_chunks(examples))) == 3
-    assert np.concatenate([rows for rows, _, _ in _chunks(examples)]).tolist() == list(range(150))
+    batches: list[int] = []
+    net.register_forward_pre_hook(lambda _, given: batches.append(len(given[1])))
     once = [clipped(gradient(net, questions[i], one_hot(questions[i], i), seen), 0.5) for i in range(2)]
     np.testing.assert_allclose(
         summed(net, questions, seen, examples, 0.5), 75 * (once[0] + once[1]), rtol=1e-4, atol=1e-3
     )
+    assert batches[-3:] == [50, 50, 50]
 
 
 # -- sensitivity: the claim that the noise is scaled to ------------------------------------------------------
