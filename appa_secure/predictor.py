@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Shares of groups differ by about 0.06 (standard deviation, OpinionQA): this makes the difference weigh as much as a text.
 DIRECTION = 30.0
@@ -54,9 +56,9 @@ class Shared(nn.Module):
     A module, so that clients/clipping.py can see where the computation of single examples begins.
     """
 
-    def forward(self, seen: Tensor, examples: int) -> Tensor:
-        """seen (B, ...) -> (examples, ...); B is 1 or `examples`."""
-        return seen.expand(examples, *seen.shape[1:])
+    def forward(self, seen: Sequence[Tensor], examples: int) -> tuple[Tensor, ...]:
+        """seen: tensors (B, ...) -> (examples, ...); B is 1 or `examples`."""
+        return tuple(one.expand(examples, *one.shape[1:]) for one in seen)
 
 
 class _Layer(nn.Module):
@@ -72,16 +74,12 @@ class _Layer(nn.Module):
         self.norm_ff = nn.LayerNorm(d)
         self.ff_in, self.ff_out = nn.Linear(d, shape.ff), nn.Linear(shape.ff, d)
 
-    def seen(self, normed: Tensor) -> Tensor:
-        """Keys and values (B, 2, C, d) of normalised context points (B, C, d)."""
-        return torch.stack([self.key(normed), self.value(normed)], dim=1)
-
-    def forward(self, points: Tensor, normed: Tensor, seen: Tensor) -> Tensor:
-        """points, and normalised, (B, N, d), from the context's keys and values `seen` (B, 2, C, d)."""
+    def forward(self, points: Tensor, normed: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """points, and normalised, (B, N, d), which attend to the context's keys and values (B, C, d)."""
         b, n, d = points.shape
         q, k, v = (
-            part.reshape(b, -1, self.heads, d // self.heads).transpose(1, 2)  # (B, H, N or C, d/H)
-            for part in (self.query(normed), seen[:, 0], seen[:, 1])
+            part.view(b, -1, self.heads, d // self.heads).transpose(1, 2)  # (B, H, N or C, d/H)
+            for part in (self.query(normed), keys, values)
         )
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d)
         points = points + self.out(mixed)
@@ -126,17 +124,21 @@ class PreferencePredictor(nn.Module):
         options. Returns (B, K). Context points see each other alone: what one context gives is computed once.
         """
         layers = cast("Sequence[_Layer]", self.layers)
-        points, seen = self.point(context), []
-        for i, layer in enumerate(layers):
-            normed = layer.norm_attention(points)
-            seen.append(layer.seen(normed))
-            if i + 1 < len(layers):  # what the last layer would make of the context nobody reads
-                points = layer(points, normed, seen[i])
-        everyone = self.shared(torch.stack(seen, dim=1), len(targets))  # (B, layers, 2, C, d)
+        points = self.point(context)
+        seen: list[Tensor] = []  # keys and values of each layer
+        # Of torch's attentions, the one whose backward pass takes the gradients of many examples at once.
+        several = sdpa_kernel(SDPBackend.MATH) if len(targets) > len(context) else nullcontext()
+        with several:
+            for i, layer in enumerate(layers):
+                normed = layer.norm_attention(points)
+                seen += [layer.key(normed), layer.value(normed)]
+                if i + 1 < len(layers):  # what the last layer would make of the context nobody reads
+                    points = layer(points, normed, *seen[-2:])
+        seen = list(self.shared(seen, len(targets)))
         unknown = torch.zeros_like(targets)  # what a group prefers here is what we ask for
         points = self.point(torch.cat([targets, unknown], dim=2))
         for i, layer in enumerate(layers):
-            points = layer(points, layer.norm_attention(points), everyone[:, i])
+            points = layer(points, layer.norm_attention(points), *seen[2 * i : 2 * i + 2])
         logits: Tensor = self.head(self.norm(points)).squeeze(2)
         return logits
 

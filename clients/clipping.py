@@ -13,6 +13,7 @@ step costs less than a plain one that treats every example by itself (`make benc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -64,11 +65,11 @@ class ClippedGradients:
     def _record(self, layer: nn.Module, read: tuple[Tensor, ...], gave: Tensor) -> None:
         self._calls.append((layer, read[0].detach(), gave))
 
-    def _hand(self, module: nn.Module, read: tuple[Tensor, ...], gave: Tensor) -> None:
-        if len(read[0]) != 1 or self._handed:
+    def _hand(self, module: nn.Module, given: tuple[Sequence[Tensor], int], gave: tuple[Tensor, ...]) -> None:
+        if len(given[0][0]) != 1 or self._handed:
             raise TypeError("examples with a context each: give one context (1, C, 2E) for all of them")
         self._before, self._calls = self._calls, []
-        self._handed = [(read[0], gave)]
+        self._handed = list(zip(given[0], gave, strict=True))
 
     def _take(self) -> tuple[list[_Call], list[_Call], list[tuple[Tensor, Tensor]]]:
         found = self._before, self._calls, self._handed
@@ -85,16 +86,18 @@ class ClippedGradients:
         """
         layers = self._backward(loss)
         with torch.no_grad():
-            squared, lost = (torch.stack(parts).sum(0) for parts in zip(*map(_norm, layers), strict=True))
-            bad = ~((squared < _HUGE) & (lost < _HUGE))
+            lost = torch.stack([_lost(layer) for layer in layers]).sum(0)
+            bad = ~(lost < _HUGE)
             if bool(bad.any()):
                 layers = [layer.without(bad) for layer in layers]
                 lost = torch.where(bad, 0.0, lost)
             lost = lost.sqrt()
-            if units is not None:
+            if units is None:
+                squared = torch.stack([_squared(layer) for layer in layers]).sum(0)
+            else:
                 bad = (units.abs() @ bad.float() > 0) | ~torch.isfinite(units).all(1)
                 units = torch.where(bad[:, None], 0.0, units)
-                squared, lost = _unit_norms(layers, units), units.abs() @ lost
+                squared, lost = _unit_squared(layers, units), units.abs() @ lost
             norm = (squared + lost.square()).sqrt()
             weight = (self._clip / (norm + 1e-6)).clamp(max=1.0) * multiplicity
             weight = torch.where(bad | ~torch.isfinite(norm), 0.0, weight)
@@ -113,7 +116,10 @@ class ClippedGradients:
         }
         if handed:
             through = torch.autograd.grad(
-                handed[0][0], [gave for _, _, gave in before], sent[-1][:, None], is_grads_batched=True
+                [one for one, _ in handed],
+                [gave for _, _, gave in before],
+                [back[:, None] for back in sent[len(own) :]],
+                is_grads_batched=True,
             )
             for (layer, read, _), back in zip(before, through, strict=True):
                 back = back[:, 0]
@@ -170,57 +176,62 @@ class _Layer:
         return _Layer(self.layer, read, sent, self.context.nan_to_num(0.0, 0.0, 0.0), back)
 
 
-def _norm(one: _Layer) -> tuple[Tensor, Tensor]:
-    """Squared norms of the examples' gradients in a layer (n,), and the square (n,) of what rounding may have taken.
+def _lost(one: _Layer) -> Tensor:
+    """Square of what rounding may take from the length of each example's gradient in a layer, (n,).
 
     In a linear layer the gradient of an example is sum_t g_t a_t', over points t, and its squared norm is
     sum_{s,t} (a_s . a_t)(g_s . g_t). Where terms cancel, rounding can make that too small, and parameters could be chosen
     for it. An inner product of k terms is off by at most k u / (1 - k u) times the product of the lengths (Higham,
     Accuracy and Stability of Numerical Algorithms, 2002, section 3.1), in any order of summation; hence a layer's sum by
-    that, with k = inputs + outputs + T^2 + 8, times the square of sum_t |a_t||g_t|. The same holds for the product of two
-    examples' gradients, with the product of their sums.
+    that, with k = outputs + 2 T + 8, times the square of sum_t |a_t||g_t|: one rounding for each a_s . a_t, which is
+    computed in float64, `outputs` for g_s . g_t, T for the sum over s and T for the sum over t. Twice u leaves room for
+    the sum over layers. The same holds for the product of two examples' gradients, with the product of their sums.
+
+    A LayerNorm's gradient is formed, and its squared norm has as many terms as entries.
     """
     if isinstance(one.layer, nn.LayerNorm):
-        squared = one.formed.square().sum(1)
-        return squared, (one.formed.shape[1] + 8) * _UNIT * squared
-    among, across, own = _inputs(one)
-    backs, sents = one.back @ one.back.transpose(1, 2), one.sent @ one.sent.transpose(1, 2)
-    lengths = (backs.diagonal(dim1=1, dim2=2) * among.diagonal()).sqrt().sum(1)
-    lengths += (sents.diagonal(dim1=1, dim2=2) * own.diagonal(dim1=1, dim2=2)).sqrt().sum(1)
-    squared = backs.mul_(among).sum((1, 2)) + sents.mul_(own).sum((1, 2))
-    squared += (one.sent @ one.back.transpose(1, 2)).mul_(across).sum((1, 2)) * 2.0
-    terms = one.read.shape[2] + one.sent.shape[2] + (one.sent.shape[1] + one.back.shape[1]) ** 2 + 8
-    return squared, terms * _UNIT * lengths.square()
+        return (one.formed.shape[1] + 8) * _UNIT * one.formed.square().sum(1)
+    # The bias reads 1 everywhere.
+    own = (one.sent.square().sum(2) * (one.read.square().sum(2) + 1.0)).sqrt().sum(1)
+    shared = one.back.square().sum(2).sqrt() @ (one.context.square().sum(1) + 1.0).sqrt()
+    terms = one.sent.shape[2] + 2 * (one.sent.shape[1] + one.back.shape[1]) + 8
+    return terms * _UNIT * (own + shared).square()
 
 
-def _inputs(one: _Layer) -> tuple[Tensor, Tensor, Tensor]:
-    """Inner products of a linear layer's inputs, plus 1 because the bias reads 1 everywhere.
+def _inputs(one: Tensor, other: Tensor) -> Tensor:
+    """Inner products of a linear layer's inputs (..., s, p) and (..., t, p), plus 1 for the bias: (..., s, t)."""
+    return (one.double() @ other.double().transpose(-2, -1) + 1.0).float()
 
-    Among the context points (C, C), between own and context points (n, K, C), among an example's own (n, K, K).
-    """
-    return (
-        one.context @ one.context.T + 1.0,
-        one.read @ one.context.T + 1.0,
-        one.read @ one.read.transpose(1, 2) + 1.0,
-    )
+
+def _squared(one: _Layer) -> Tensor:
+    """Squared norms of the examples' gradients in a layer, (n,)."""
+    if isinstance(one.layer, nn.LayerNorm):
+        return one.formed.square().sum(1)
+    own = _inputs(one.read, one.read).mul_(one.sent @ one.sent.transpose(1, 2))
+    mixed = _inputs(one.read, one.context).mul_(one.sent @ one.back.transpose(1, 2))
+    shared = (one.back @ one.back.transpose(1, 2)).mul_(_inputs(one.context, one.context))
+    return own.sum(2).sum(1) + 2.0 * mixed.sum(2).sum(1) + shared.sum(2).sum(1)
 
 
 def _products(one: _Layer) -> Tensor:
     """Inner products (n, n) of the examples' gradients in a layer: G_ij = sum_{s,t} (a_is . a_jt)(g_is . g_jt)."""
     if isinstance(one.layer, nn.LayerNorm):
         return one.formed @ one.formed.T
-    among, across, _ = _inputs(one)
-    # Context with context, and twice own with context: symmetric parts of one product, summed point by point.
-    other = among @ one.back + 2.0 * across.transpose(1, 2) @ one.sent
-    shared = (one.back.transpose(0, 1) @ other.permute(1, 2, 0)).sum(0)
-    read, sent = one.read.flatten(0, 1), one.sent.flatten(0, 1)
-    own = (read @ read.T + 1.0).mul_(sent @ sent.T)
     n, points = one.sent.shape[:2]
-    return (shared + shared.T) / 2 + own.view(n, points, n, points).sum((1, 3))
+    read, sent = one.read.flatten(0, 1), one.sent.flatten(0, 1)
+    own = _inputs(read, read).mul_(sent @ sent.T).view(n, points, n, points).sum(3).sum(1)
+    # Context with context, and twice own with context, are the symmetric part of one product. It is summed point by
+    # point, so that no sum has more terms than `_lost` counts.
+    among, across = _inputs(one.context, one.context), _inputs(one.read, one.context)
+    other = torch.baddbmm(among @ one.back, across.transpose(1, 2), one.sent, alpha=2.0)
+    shared = torch.zeros(n, n)
+    for point in range(one.back.shape[1]):
+        shared.addmm_(one.back[:, point], other[:, point].T)
+    return own + (shared + shared.T) / 2
 
 
-def _unit_norms(layers: list[_Layer], units: Tensor) -> Tensor:
-    """Squared norms (U,) of sums of gradients, each unit's row u of `units` (U, n) as u' G u."""
+def _unit_squared(layers: list[_Layer], units: Tensor) -> Tensor:
+    """Squared norms (U,) of sums of gradients: for a row u of `units` (U, n), u' G u with G the inner products."""
     products = torch.zeros(units.shape[1], units.shape[1], dtype=torch.float64)
     for one in layers:
         products += _products(one)
