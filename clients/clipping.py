@@ -192,8 +192,8 @@ def _lost(one: _Layer) -> Tensor:
     if isinstance(one.layer, nn.LayerNorm):
         return (one.formed.shape[1] + 8) * _UNIT * one.formed.square().sum(1)
     # The bias reads 1 everywhere.
-    own = (one.sent.square().sum(2) * (one.read.square().sum(2) + 1.0)).sqrt().sum(1)
-    shared = one.back.square().sum(2).sqrt() @ (one.context.square().sum(1) + 1.0).sqrt()
+    own = (one.sent.norm(dim=2) * one.read.norm(dim=2).square().add(1.0).sqrt()).sum(1)
+    shared = one.back.norm(dim=2) @ one.context.norm(dim=1).square().add(1.0).sqrt()
     terms = one.sent.shape[2] + 2 * (one.sent.shape[1] + one.back.shape[1]) + 8
     return terms * _UNIT * (own + shared).square()
 

@@ -163,19 +163,21 @@ class LocalTrainer(Trainer):
     ) -> Tensor:
         """Sum of the persons' clipped gradients (P,).
 
-        The gradient of an answer's loss is sum_k (p_k - [k was answered]) times the gradient of logit k, so a person's is
-        a sum over single logits, of which there are as many as options, however many answers there are.
+        The gradient of an answer's loss is sum_k (p_k - [k was answered]) times the gradient of logit k. These weights add
+        up to 0, so logit k less logit 0 does as well, and a person's gradient is a sum over such differences, of which there
+        are fewer than options, however many answers there are.
         """
         assert examples.units is not None
-        question, option = mask.nonzero(as_tuple=True)
-        logits = model(self.points[None], targets[question, option][:, None])[:, 0]
-        shares = (
-            torch.full(mask.shape, float("-inf")).index_put((question, option), logits.detach()).softmax(1)
-        )
+        question, option = mask[:, 1:].nonzero(as_tuple=True)
+        option = option + 1
+        logits = model(self.points[None], torch.stack([targets[question, option], targets[question, 0]], 1))
+        above = logits[:, 0] - logits[:, 1]
+        shares = torch.full(mask.shape, float("-inf")).index_put((question, option), above.detach())
+        shares = shares.index_fill(1, torch.tensor([0]), 0.0).softmax(1)
         at, units = torch.from_numpy(examples.question), torch.from_numpy(examples.units)
         push = shares[at] - torch.from_numpy(examples.target[:, : mask.shape[1]]).float()  # (cells, K)
-        weights = units @ torch.where(at[:, None] == question, push[:, option], 0.0)  # (people, logits)
-        return gradients.sum(logits.sum(), torch.from_numpy(examples.multiplicity).float(), weights)
+        weights = units @ torch.where(at[:, None] == question, push[:, option], 0.0)  # (people, n)
+        return gradients.sum(above.sum(), torch.from_numpy(examples.multiplicity).float(), weights)
 
     def _sample(self, questions: Sequence[str], rng: np.random.Generator) -> Examples:
         """Draw a Poisson sample of privacy units at the plan's rate."""
