@@ -158,6 +158,7 @@ def test_more_examples_than_one_chunk_holds_give_the_same_sum(monkeypatch: pytes
     assert batches[-3:] == [50, 50, 50]
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")
 def test_sums_equal_opacus_hooks_on_examples_with_a_context_each() -> None:
     """Opacus forms every example's gradient, with the context copied for each; ours reads it once."""
     net, seen = model(3.0), points(QIDS[:3])
