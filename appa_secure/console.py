@@ -48,6 +48,12 @@ def choices(config: Config) -> Table:
     return table
 
 
+NO_CHOICE = (
+    "not private: at least one of these runs was measured against true answers or ran without protection. "
+    "No ledger pays for a choice made by such figures."
+)
+
+
 def comparison(rows: Sequence[tuple[Mapping[str, str], Mapping[str, Any] | None]]) -> Table:
     """One line per run: what was varied, and the figures of its summary (None: the run did not finish)."""
     ended = any(summary is not None and _at(summary, ("alignment",)) for _, summary in rows)
@@ -61,6 +67,8 @@ def comparison(rows: Sequence[tuple[Mapping[str, str], Mapping[str, Any] | None]
     for keys, summary in rows:
         cells = _figures(summary) if summary is not None else ("did not finish", "–", "–", "–", "–")
         table.add_row(*(Text(keys.get(key, "")) for key in varied), *cells)
+    if any(summary is not None and summary.get("stamp") != "private" for _, summary in rows):
+        table.caption, table.caption_justify = Text(NO_CHOICE), "left"
     return table
 
 

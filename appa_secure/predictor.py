@@ -19,12 +19,16 @@ is the cross entropy of the softmax over a question's options (number 6).
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Shares of groups differ by about 0.06 (standard deviation, OpinionQA): this makes the difference weigh as much as a text.
 DIRECTION = 30.0
@@ -46,6 +50,17 @@ class PredictorShape:
             raise ValueError(f"predictor.dim={self.dim} must be a multiple of predictor.heads={self.heads}")
 
 
+class Shared(nn.Module):
+    """Hands what one context gave to every example that has this context.
+
+    A module, so that clients/clipping.py can see where the computation of single examples begins.
+    """
+
+    def forward(self, seen: Sequence[Tensor], examples: int) -> tuple[Tensor, ...]:
+        """seen: tensors (B, ...) -> (examples, ...); B is 1 or `examples`."""
+        return tuple(one.expand(examples, *one.shape[1:]) for one in seen)
+
+
 class _Layer(nn.Module):
     """Pre-norm transformer layer in which every point attends to the context points."""
 
@@ -54,20 +69,18 @@ class _Layer(nn.Module):
         d = shape.dim
         self.heads = shape.heads
         self.norm_attention = nn.LayerNorm(d)
-        # Plain Linear layers (not nn.MultiheadAttention) so that Opacus's per-example hooks apply as they are.
+        # Plain Linear layers (not nn.MultiheadAttention), whose gradients of single examples are known.
         self.query, self.key, self.value, self.out = (nn.Linear(d, d) for _ in range(4))
         self.norm_ff = nn.LayerNorm(d)
         self.ff_in, self.ff_out = nn.Linear(d, shape.ff), nn.Linear(shape.ff, d)
 
-    def forward(self, points: Tensor, context: int) -> Tensor:
-        """points (B, C+K, d), the first `context` of them context points."""
+    def forward(self, points: Tensor, normed: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """points, and normalised, (B, N, d), which attend to the context's keys and values (B, C, d)."""
         b, n, d = points.shape
-        normed = self.norm_attention(points)
-        seen = normed[:, :context]
-        split = (b, -1, self.heads, d // self.heads)
-        q = self.query(normed).view(split).transpose(1, 2)  # (B, H, C+K, d/H)
-        k = self.key(seen).view(split).transpose(1, 2)  # (B, H, C, d/H)
-        v = self.value(seen).view(split).transpose(1, 2)
+        q, k, v = (
+            part.view(b, -1, self.heads, d // self.heads).transpose(1, 2)  # (B, H, N or C, d/H)
+            for part in (self.query(normed), keys, values)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d)
         points = points + self.out(mixed)
         return points + self.ff_out(F.gelu(self.ff_in(self.norm_ff(points))))
@@ -85,6 +98,7 @@ class PreferencePredictor(nn.Module):
             steps += [nn.Linear(a, b)] + ([nn.GELU()] if i < shape.mlp_depth - 1 else [])
         self.point = nn.Sequential(*steps)
         self.layers = nn.ModuleList(_Layer(shape) for _ in range(shape.layers))
+        self.shared = Shared()
         self.norm = nn.LayerNorm(shape.dim)
         self.head = nn.Linear(shape.dim, 1)
         self._initialise()
@@ -106,13 +120,26 @@ class PreferencePredictor(nn.Module):
     def forward(self, context: Tensor, targets: Tensor) -> Tensor:
         """Logits of the target options.
 
-        context: (B, C, 2E), see `context_points`; targets: (B, K, E), embeddings of the options. Returns (B, K).
+        context: (B, C, 2E), see `context_points`, or (1, C, 2E) for all examples; targets: (B, K, E), embeddings of the
+        options. Returns (B, K). Context points see each other alone: what one context gives is computed once.
         """
+        layers = cast("Sequence[_Layer]", self.layers)
+        points = self.point(context)
+        seen: list[Tensor] = []  # keys and values of each layer
+        # Of torch's attentions, the one whose backward pass takes the gradients of many examples at once.
+        several = sdpa_kernel(SDPBackend.MATH) if len(targets) > len(context) else nullcontext()
+        with several:
+            for i, layer in enumerate(layers):
+                normed = layer.norm_attention(points)
+                seen += [layer.key(normed), layer.value(normed)]
+                if i + 1 < len(layers):  # what the last layer would make of the context nobody reads
+                    points = layer(points, normed, *seen[-2:])
+        seen = list(self.shared(seen, len(targets)))
         unknown = torch.zeros_like(targets)  # what a group prefers here is what we ask for
-        points = self.point(torch.cat([context, torch.cat([targets, unknown], dim=2)], dim=1))
-        for layer in self.layers:
-            points = layer(points, context.shape[1])
-        logits: Tensor = self.head(self.norm(points[:, context.shape[1] :])).squeeze(2)
+        points = self.point(torch.cat([targets, unknown], dim=2))
+        for i, layer in enumerate(layers):
+            points = layer(points, layer.norm_attention(points), *seen[2 * i : 2 * i + 2])
+        logits: Tensor = self.head(self.norm(points)).squeeze(2)
         return logits
 
 

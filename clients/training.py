@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from clients import sampling
 from clients.clipping import ClippedGradients
 from clients.sampling import Examples
 
-_CHUNK = 256  # examples per backward pass: bounds the memory for activations
+_CHUNK = 256  # examples per backward pass, a virtual batch: bounds the memory for activations
 
 
 class Trainer(ABC):
@@ -141,13 +141,43 @@ class LocalTrainer(Trainer):
             targets, mask = pad_options([self.embeddings[q] for q in questions])
             model.train()
             with ClippedGradients(model, sensitivity.gradient_sum(self.plan.clip)) as gradients:
-                for rows, units, multiplicity in _chunks(examples):
+                if examples.units is not None:
+                    return self._of_people(model, targets, mask, examples, gradients).double().numpy()
+                for rows in np.array_split(
+                    np.arange(len(examples.question)), -(-len(examples.question) // _CHUNK)
+                ):
                     at = torch.from_numpy(examples.question[rows])
-                    logits = model(self.points.expand(len(rows), -1, -1), targets[at])
                     wanted = torch.from_numpy(examples.target[rows][:, : mask.shape[1]]).float()
-                    likely = log_likelihood(logits, mask[at]).masked_fill(~mask[at], 0.0)
-                    total += gradients.sum(-(wanted * likely).sum(), multiplicity, units)
+                    likely = log_likelihood(model(self.points[None], targets[at]), mask[at])
+                    loss = -(wanted * likely.masked_fill(~mask[at], 0.0)).sum()
+                    total += gradients.sum(loss, torch.from_numpy(examples.multiplicity[rows]).float())
         return total.double().numpy()
+
+    def _of_people(
+        self,
+        model: PreferencePredictor,
+        targets: Tensor,
+        mask: Tensor,
+        examples: Examples,
+        gradients: ClippedGradients,
+    ) -> Tensor:
+        """Sum of the persons' clipped gradients (P,).
+
+        The gradient of an answer's loss is sum_k (p_k - [k was answered]) times the gradient of logit k. These weights add
+        up to 0, so logit k less logit 0 does as well, and a person's gradient is a sum over such differences, of which there
+        are fewer than options, however many answers there are.
+        """
+        assert examples.units is not None
+        question, option = mask[:, 1:].nonzero(as_tuple=True)
+        option = option + 1
+        logits = model(self.points[None], torch.stack([targets[question, option], targets[question, 0]], 1))
+        above = logits[:, 0] - logits[:, 1]
+        shares = torch.full(mask.shape, float("-inf")).index_put((question, option), above.detach())
+        shares = shares.index_fill(1, torch.tensor([0]), 0.0).softmax(1)
+        at, units = torch.from_numpy(examples.question), torch.from_numpy(examples.units)
+        push = shares[at] - torch.from_numpy(examples.target[:, : mask.shape[1]]).float()  # (cells, K)
+        weights = units @ torch.where(at[:, None] == question, push[:, option], 0.0)  # (people, n)
+        return gradients.sum(above.sum(), torch.from_numpy(examples.multiplicity).float(), weights)
 
     def _sample(self, questions: Sequence[str], rng: np.random.Generator) -> Examples:
         """Draw a Poisson sample of privacy units at the plan's rate."""
@@ -157,13 +187,3 @@ class LocalTrainer(Trainer):
         if self.plan.unit == "record":
             return sampling.records(self.shares, questions, rate, width, rng)
         return sampling.respondents(self.people, questions, rate, width, rng)
-
-
-def _chunks(examples: Examples) -> Iterator[tuple[np.ndarray, Tensor | None, Tensor]]:
-    """Virtual batches: (example rows, units over these rows, multiplicity); a person's examples stay together."""
-    rows, multiplicity = np.arange(len(examples.question)), torch.from_numpy(examples.multiplicity).float()
-    if examples.units is not None:
-        yield rows, torch.from_numpy(examples.units), multiplicity
-        return
-    for part in np.array_split(rows, -(-len(rows) // _CHUNK)):
-        yield part, None, multiplicity[part]

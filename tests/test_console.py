@@ -39,6 +39,15 @@ def test_comparison_shows_the_worst_epsilon_and_missing_figures_as_dashes() -> N
     assert "did not finish" in third
 
 
+def test_a_comparison_with_a_run_that_is_not_private_says_so() -> None:
+    rows = [
+        ({"seed": str(i)}, {"stamp": stamp}) for i, stamp in enumerate(("private", "not private", "private"))
+    ]
+    assert "not private" in shown(console.comparison(rows))
+    assert "not private" in shown(console.comparison([({}, {})]))  # no stamp, no promise
+    assert "not private" not in shown(console.comparison([rows[0], rows[2], ({"seed": "3"}, None)]))
+
+
 def test_choices_name_what_is_not_private() -> None:
     text = " ".join(shown(console.choices(compose(["privacy=off", "evaluation.truth=false"]))).split())
     assert "not private" in text

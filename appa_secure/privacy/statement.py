@@ -1,8 +1,9 @@
 """The privacy statement of a run: what is guaranteed to whom, from the ledger and the configuration alone.
 
-What it tells follows the reporting advice of Ponomareva et al., "How to DP-fy ML" (JAIR 2023, section 5.3), and NIST SP
-800-226: unit, adjacency, each mechanism with its parameters, the sampler, the accountant, epsilon with and without what
-sampling gives, and what the guarantee does not cover.
+What it tells follows the best practices for stating guarantees of Ponomareva et al., "How to DP-fy ML: A Practical Guide
+to Machine Learning with Differential Privacy" (JAIR 77, 2023; arXiv 2303.00654, section 5.3), and the factors of NIST SP
+800-226, "Guidelines for Evaluating Differential Privacy Guarantees" (Near, Darais, Lefkovitz, Howarth, 2025):
+threat_model/differential_privacy.md, section 8, goes through them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ _UNITS = {
     "respondent": "all answers of one person that are used (at most {bound} per release)",
     "record": "one group's answer distribution to one question",
 }
+_ACCOUNTING = {
+    "prv": "privacy loss distributions, computed numerically to 0.01 in ε; assumes the Poisson sampling that is really done",
+    "rdp": "Rényi divergences, an upper bound; assumes the Poisson sampling that is really done",
+}
 
 
 def statement(
@@ -37,9 +42,14 @@ def statement(
         "unit_meaning": _UNITS[p.unit].format(bound=p.answers_per_unit),
         "adjacency": "add/remove one unit",
         "model": "central within each client: noise is added before anything leaves it; no trust in the coordinator",
+        "data_accesses": "this run's releases of context and training; no other run, and no choice among runs",
+        "outputs": "all that leaves a client, each round's update and all that is made of it: not the last predictor alone",
         "mechanism": p.mechanism,
         "delta": p.delta,
         "accountant": p.accountant,
+        "accounting": _ACCOUNTING[p.accountant],
+        "implementation": "noise is float64 and gradients are float32: the accounting is for real numbers, and attacks on "
+        "the low bits of floating-point sums are not excluded by it. Times and sizes of messages are not covered",
         "epsilon": spent,
         "epsilon_without_amplification": _largest(rows, p.delta, p.accountant, 1, amplified=False),
         "epsilon_of_a_person_in_several_groups": {
@@ -166,6 +176,10 @@ def markdown(s: Mapping[str, Any]) -> str:
         f"- Privacy unit: {s['unit']}; adjacency: {s['adjacency']}; accountant: {s['accountant'].upper()} (Opacus).",
         f"- Where the noise is added: {s['model']}.",
         f"- Noise: {s['noise_source']}.",
+        f"- Uses of the data that are covered: {s['data_accesses']}.",
+        f"- Outputs that are covered: {s['outputs']}.",
+        f"- Accounting: {s['accounting']}.",
+        f"- Implementation: {s['implementation']}.",
         f"- Without counting on which units were drawn staying secret: ε ≤ {plain:.2f} instead of {worst:.2f}.",
         *(
             f"- Somebody whose data are in {k} of the groups: ε ≤ {e:.2f} in total, at the same δ."

@@ -10,6 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from appa_secure.console import NO_CHOICE
 from appa_secure.report.run import Run, load_run, lookup
 from appa_secure.report.words import banner, duration, gap_closed, number, percent
 
@@ -208,10 +209,7 @@ def comparison_markdown(rows: Sequence[Row]) -> str:
 def choice_note(rows: Sequence[Row]) -> str:
     """The stamp of a table of runs: each ledger pays for one run, and none for the choice among several."""
     if any(banner(row.run) for row in rows):
-        return (
-            "\nnot private: at least one of these runs was measured against true answers or ran without protection. "
-            "No ledger pays for a choice made by such figures.\n"
-        )
+        return f"\n{NO_CHOICE}\n"
     if len(rows) > 1:
         total = sum(row.run.largest_epsilon or 0.0 for row in rows)
         return (

@@ -10,16 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from opacus import GradSampleModule
 from scipy import stats
 
 from appa_secure.data import GroupData, Responses
 from appa_secure.data.survey import counts_of
-from appa_secure.predictor import PreferencePredictor, context_points, flatten, unflatten
+from appa_secure.predictor import (
+    PreferencePredictor,
+    Shared,
+    context_points,
+    flatten,
+    log_likelihood,
+    pad_options,
+    unflatten,
+)
 from appa_secure.privacy.noise import gaussian, sampler
 from clients.clipping import ClippedGradients
 from clients.context import raw_shares
 from clients.sampling import Examples, bounded_answers, respondents
-from clients.training import LocalTrainer, ShareTrainer, Trainer, _chunks
+from clients.training import LocalTrainer, ShareTrainer, Trainer
 from tests.clients.world import KEY, SHAPE, make_embeddings, make_group, make_plan, make_questions
 
 QUESTIONS = make_questions(10)
@@ -140,12 +149,49 @@ def test_more_examples_than_one_chunk_holds_give_the_same_sum(monkeypatch: pytes
     monkeypatch.setattr("clients.training._CHUNK", 64)
     cells = [(questions[i % 2], i % 2) for i in range(150)]
     examples = cells_of(cells, questions, [1] * 150)
-    assert len(list(_chunks(examples))) == 3
-    assert np.concatenate([rows for rows, _, _ in _chunks(examples)]).tolist() == list(range(150))
+    batches: list[int] = []
+    net.register_forward_pre_hook(lambda _, given: batches.append(len(given[1])))
     once = [clipped(gradient(net, questions[i], one_hot(questions[i], i), seen), 0.5) for i in range(2)]
     np.testing.assert_allclose(
         summed(net, questions, seen, examples, 0.5), 75 * (once[0] + once[1]), rtol=1e-4, atol=1e-3
     )
+    assert batches[-3:] == [50, 50, 50]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+def test_sums_equal_opacus_hooks_on_examples_with_a_context_each() -> None:
+    """Opacus forms every example's gradient, with the context copied for each; ours reads it once."""
+    net, seen = model(3.0), points(QIDS[:3])
+    cells = [(q, k) for q in TRAIN for k in range(len(EMBEDDINGS[q]))]
+    examples = cells_of(cells, TRAIN, [1 + i % 3 for i in range(len(cells))])
+    targets, mask = pad_options([EMBEDDINGS[q] for q in TRAIN])
+    at, wanted = torch.from_numpy(examples.question), torch.from_numpy(examples.target).float()
+    hooked = GradSampleModule(model(3.0), loss_reduction="sum")
+    likely = log_likelihood(hooked(seen.expand(len(at), -1, -1), targets[at]), mask[at])
+    (-(wanted * likely.masked_fill(~mask[at], 0.0)).sum()).backward()
+    formed = torch.cat([p.grad_sample.flatten(1) for p in hooked.parameters()], dim=1).double().numpy()
+    lengths = np.linalg.norm(formed, axis=1)
+    clip = float(np.median(lengths))
+    expected = (examples.multiplicity * np.minimum(1.0, clip / lengths)) @ formed
+    np.testing.assert_allclose(
+        summed(net, TRAIN, seen, examples, clip), expected, atol=2e-4 * np.abs(expected).max()
+    )
+    # The same answers as those of persons, each with every third answer.
+    units = np.array([[float(i % 3 == j) for i in range(len(cells))] for j in range(3)], dtype=np.float32)
+    persons = units @ formed
+    lengths = np.linalg.norm(persons, axis=1)
+    clip = float(np.median(lengths))
+    expected = np.minimum(1.0, clip / lengths) @ persons
+    owned = Examples(examples.question, examples.target, np.ones(3, dtype=np.int64), units)
+    np.testing.assert_allclose(
+        summed(net, TRAIN, seen, owned, clip), expected, atol=2e-4 * np.abs(expected).max()
+    )
+
+
+def test_a_context_for_each_example_is_refused() -> None:
+    net, targets = model(), torch.from_numpy(np.stack([EMBEDDINGS[TRAIN[0]]] * 2))
+    with ClippedGradients(net, 1.0), pytest.raises(TypeError, match="one context"):
+        net(points(QIDS[:2]).expand(2, -1, -1), targets)
 
 
 # -- sensitivity: the claim that the noise is scaled to ------------------------------------------------------
@@ -220,6 +266,41 @@ def test_norms_hold_where_terms_cancel(units: bool) -> None:
                 out = layer(read)
                 loss = ((out[:, :1] - out[:, 1:]) * weight).sum()  # the two positions' gradients cancel
                 longest = max(longest, float(gradients.sum(loss, chosen, owned).double().norm()))
+    assert longest <= clip * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_norms_hold_where_terms_of_a_shared_context_cancel(units: bool) -> None:
+    """As above, for points that all examples share: between them, with an example's own, and between a unit's examples."""
+
+    class Cancelling(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.shared = torch.nn.Linear(64, 16), Shared()
+
+        def forward(self, context: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+            (seen,) = self.shared([self.layer(context)], len(own))
+            return seen[:, 0] - 2.0 * seen[:, 1] + self.layer(own)[:, 0]
+
+    rng = torch.Generator().manual_seed(1)
+    clip, longest = 1.0, 0.0
+    for size in (1e0, 1e2, 1e4, 1e6):
+        net = Cancelling()
+        base = size * torch.randn(64, generator=rng)
+        near = base * (1 + 1e-4 * torch.randn(22, 64, generator=rng))
+        weight = torch.randn(20, 16, generator=rng)
+        owned = torch.eye(20)
+        if units:  # sums of two examples whose gradients are nearly opposite
+            weight[10:] = -weight[:10] * (1 + 1e-4 * torch.randn(10, 16, generator=rng))
+            owned = torch.eye(10).repeat(1, 2)
+        for i in range(len(owned)):
+            chosen = torch.zeros(len(owned))
+            chosen[i] = 1.0
+            with ClippedGradients(net, clip) as gradients:
+                loss = (net(near[None, :2], near[2:, None]) * weight).sum()
+                longest = max(
+                    longest, float(gradients.sum(loss, chosen, owned if units else None).double().norm())
+                )
     assert longest <= clip * (1 + 1e-4)
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from appa_secure import launch
+from appa_secure import agreement, launch
 from appa_secure.config import Config, compose
 from appa_secure.manipulation import Lie, Population, play, rules, study
+from appa_secure.privacy.ledger import check_rows
 from appa_secure.records import read_journal
 from appa_secure.secagg.errors import BadEncoding
 from appa_secure.tabular import TabularPolicy
@@ -76,6 +78,37 @@ def test_blind_equals_clear_and_a_killed_run_ends_as_if_it_had_not_been(
 
 def rewards(client: Client, body: dict[str, list[str]]) -> np.ndarray:
     return client._scoring.rewards(client.agreement, body["questions"], parsed(body, client.agreement))
+
+
+def test_a_spent_budget_of_output_noise_ends_the_run_early_with_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise for two sums, as if the other two steps had been lost to dropouts; the clients refuse the third."""
+    real = agreement.plan_output
+    monkeypatch.setattr(
+        agreement,
+        "plan_output",
+        lambda epsilon, delta, steps, *parties: real(epsilon, delta, steps // 2, *parties),
+    )
+    config = configured(
+        tmp_path,
+        "aggregation=average",
+        "secagg.release=noise",
+        "secagg.output_epsilon=40",
+        "ppo.checkpoint_every=1",
+    )
+    run = launch.run(config)
+    summary = json.loads((run / "summary.json").read_text())
+    assert "alignment step 3" in summary["stopped"]
+    assert "secagg.output_epsilon=40" in summary["stopped"]
+    assert [row["step"] for row in rows(run, "metrics.jsonl")] == [1, 2]
+    assert [row["step"] for row in rows(run, "rewards.jsonl") if row["result"] is not None] == [1, 2]
+    assert any(row.get("reason") == summary["stopped"] for row in read_journal(run / "transcript.jsonl"))
+    paid = check_rows(read_journal(run / "output_ledger.jsonl"))
+    assert len(paid) == config.data.group_count
+    assert 39 < max(paid.values()) <= 40
+    assert int(load_file(run / "policy" / tabular.FILE)["step"]) == 2  # the policy after the last opened step
+    assert summary["alignment"]["train"]["after"] != summary["alignment"]["train"]["before"]
 
 
 def test_rewards_from_true_answers_are_refused_by_a_site_that_does_not_allow_measuring(

@@ -45,8 +45,13 @@ def test_epsilon_is_the_last_per_client_and_of_a_person_in_several_groups_that_o
 def test_every_mechanism_is_told_with_its_parameters() -> None:
     told = markdown(statement(compose(["experiment=smoke"]), ROWS, 1.2, nominal=False))
     for fact in ("add/remove one unit", "PRV", "Poisson", "clip 1", "sample rate 0.1", "noise multiplier 1.2", "δ = 1e-06",
-                 "choice of the settings", "sensitivity 1"):  # fmt: skip
+                 "choice of the settings", "sensitivity 1", "no choice among runs", "each round's update", "float32",
+                 "Poisson sampling that is really done", "computed numerically"):  # fmt: skip
         assert fact in told, fact
+    assert (
+        "upper bound"
+        in statement(compose(["experiment=smoke", "privacy.accountant=rdp"]), ROWS, 1.2, False)["accounting"]
+    )
     once = statement(compose(["experiment=smoke", "privacy.mechanism=histogram"]), ROWS, 1.2, nominal=False)
     (only,) = once["mechanisms"]
     assert (only["kind"], only["releases"], only["noise_multiplier"]) == ("Gaussian", 1, 1.2)
