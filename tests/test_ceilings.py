@@ -163,7 +163,6 @@ def test_share_of_gain_is_one_at_the_best_worst_group_and_unknown_where_there_is
     assert share_of_gain(0.9108, 0.8977, 0.9108) == pytest.approx(1)
     assert share_of_gain(0.8977, 0.8977, 0.9108) == pytest.approx(0)
     assert share_of_gain(0.8977, 0.9, 0.9) is None
-    assert share_of_gain(0.9, None, 0.91) is None
 
 
 @pytest.mark.parametrize("kind", LISTED)

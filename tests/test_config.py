@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from appa_secure import config_checks
 from appa_secure.config import GROUPS, Config, compose, fields, load, option_summary, options
 from appa_secure.config_notes import notes
 from appa_secure.errors import ConfigError
+from appa_secure.rewards import KINDS, score, task_of
 
 # What an option needs besides its name to be a runnable configuration; HERE stands for a path that exists.
 HERE = str(Path(__file__).parent)
@@ -87,6 +89,18 @@ def test_numbers_are_names_where_names_are_asked_for() -> None:
     config = compose(["name=2024", "data.groups=[1,2,3,4,5]"])
     assert config.name == "2024"
     assert config.data.groups == ("1", "2", "3", "4", "5")
+
+
+def test_an_unreadable_answer_earns_less_than_a_random_one() -> None:
+    """Else the policy would learn to write nothing that can be read."""
+    rng = np.random.default_rng(1)
+    targets = rng.dirichlet(np.ones(4), 400)
+    for kind in KINDS:
+        penalty = compose([f"task.reward={kind}"]).task.format_penalty
+        answers = {"dpa": rng.dirichlet(np.ones(4), 400), "opa": rng.random((400, 4))}.get(task_of(kind))
+        answers = np.eye(4)[rng.integers(4, size=400)] if answers is None else answers
+        assert penalty < score(kind, answers, targets, np.tile(np.arange(4.0), (400, 1))).mean() - 0.1
+    assert compose(["task.reward=choice", "task.format_penalty=0.25"]).task.format_penalty == 0.25
 
 
 def test_truth_is_measured_except_on_an_institutions_own_data() -> None:

@@ -133,12 +133,12 @@ def frontier(
     return found
 
 
-def share_of_gain(value: float, average: float | None, best: float | None) -> float | None:
+def share_of_gain(value: float, average: float, best: float) -> float | None:
     """How much of what a fair rule can gain for the worst group over the average objective was reached; None if nothing.
 
     value: Min AS reached; average: Min AS at the best average; best: the best possible Min AS.
     """
-    if average is None or best is None or best - average < TOLERANCE:
+    if best - average < TOLERANCE:
         return None
     return (value - average) / (best - average)
 
