@@ -216,6 +216,7 @@ REFUSED = [
     ("data.groups=[a,b,c]", "secagg.min_cohort", "3 groups"),
     ("secagg=cohort", "federation.members_per_group", "federation.members_per_group=5"),
     ("secagg.ring_bits=32 aggregation=min", "aggregation.sharpness", "secagg.ring_bits=64"),
+    ("secagg.ring_bits=32 aggregation.variant=paper", "aggregation.temperature", "variant=weighted"),
     # output noise
     ("secagg.release=noise", "secagg.release", "secagg.output_epsilon=8"),
     ("secagg.colluders=1", "secagg.colluders", "secagg.output_epsilon=8"),
@@ -305,6 +306,7 @@ def test_the_suggested_bounds_are_themselves_accepted() -> None:
     for overrides, field in (
         ("aggregation=max aggregation.sharpness=80", "aggregation.sharpness"),
         ("secagg.ring_bits=32 aggregation=min", "aggregation.sharpness"),
+        ("secagg.ring_bits=32 aggregation.variant=paper", "aggregation.temperature"),
         ("aggregation.temperature=0.01", "aggregation.temperature"),
         ("ppo.minibatch_size=63", "ppo.minibatch_size"),
         ("predictor.heads=5", "predictor.dim"),
@@ -314,6 +316,38 @@ def test_the_suggested_bounds_are_themselves_accepted() -> None:
         fix = str(caught.value).partition("Fix: ")[2].split()[0]
         assert fix.startswith(f"{field}=")
         compose([*overrides.split(), fix])
+
+
+# Whether a rule runs in a mode, or the field that is refused: the table of docs/results/aggregations.md.
+MODES = {
+    "blind": "secagg=blind",
+    "cohort": "secagg=cohort federation.members_per_group=5",
+    "clear": "secagg=clear",
+    "blind with output noise": "secagg=blind secagg.output_epsilon=8",
+    "cohort with output noise": "secagg=cohort federation.members_per_group=5 secagg.output_epsilon=8",
+}
+REFUSED = {
+    ("min", "blind with output noise"): "secagg.output_epsilon",
+    ("max", "blind with output noise"): "secagg.output_epsilon",
+    ("maximin", "blind with output noise"): "secagg.output_epsilon",  # at the contrast of its option file
+    ("appa aggregation.variant=paper", "blind with output noise"): "aggregation.variant",
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "rule", ["average", "min", "max", "lse", "appa", "appa aggregation.variant=paper", "maximin"]
+)
+def test_every_rule_runs_in_the_modes_it_claims_and_is_refused_in_the_others(rule: str, mode: str) -> None:
+    overrides = f"aggregation={rule} {MODES[mode]}".split()
+    field = REFUSED.get((rule, mode))
+    if field is None:
+        assert compose(overrides).aggregation.kind == rule.split()[0]
+        return
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    assert str(caught.value).startswith(f"{field}=")
+    assert "Fix: " in str(caught.value)
 
 
 def test_all_problems_are_named_at_once() -> None:
