@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from appa_secure import config_checks
+from appa_secure.aggregation import BUILT_IN
 from appa_secure.config import GROUPS, Config, compose, fields, load, option_summary, options
 from appa_secure.config_notes import notes
 from appa_secure.errors import ConfigError
 from appa_secure.rewards import KINDS, score, task_of
+from tests.test_docs import tables
 
 # What an option needs besides its name to be a runnable configuration; HERE stands for a path that exists.
 HERE = str(Path(__file__).parent)
@@ -318,36 +320,45 @@ def test_the_suggested_bounds_are_themselves_accepted() -> None:
         compose([*overrides.split(), fix])
 
 
-# Whether a rule runs in a mode, or the field that is refused: the table of docs/results/aggregations.md.
+# Modes as in the table of docs/results/aggregations.md: head of a column, overrides.
 MODES = {
-    "blind": "secagg=blind",
-    "cohort": "secagg=cohort federation.members_per_group=5",
-    "clear": "secagg=clear",
-    "blind with output noise": "secagg=blind secagg.output_epsilon=8",
-    "cohort with output noise": "secagg=cohort federation.members_per_group=5 secagg.output_epsilon=8",
+    "blind and clear, further sums": ("secagg=blind", "secagg=clear"),
+    "blind with output noise": ("secagg=blind secagg.output_epsilon=8",),
+    "cohort": (
+        "secagg=cohort federation.members_per_group=5",
+        "secagg=cohort federation.members_per_group=5 secagg.output_epsilon=8",
+    ),
 }
-REFUSED = {
-    ("min", "blind with output noise"): "secagg.output_epsilon",
-    ("max", "blind with output noise"): "secagg.output_epsilon",
-    ("maximin", "blind with output noise"): "secagg.output_epsilon",  # at the contrast of its option file
-    ("appa aggregation.variant=paper", "blind with output noise"): "aggregation.variant",
-}
+# Options with which a rule stays inside what the table allows it.
+INSIDE = {"maximin": "aggregation.band=[0.92,0.94]", "appa, paper": "aggregation.variant=paper"}
+OWN_RULE = BUILT_IN["average"]
+FORMS = tables(Path(__file__).parent.parent / "docs" / "results" / "aggregations.md")
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    "rule", ["average", "min", "max", "lse", "appa", "appa aggregation.variant=paper", "maximin"]
-)
-def test_every_rule_runs_in_the_modes_it_claims_and_is_refused_in_the_others(rule: str, mode: str) -> None:
-    overrides = f"aggregation={rule} {MODES[mode]}".split()
-    field = REFUSED.get((rule, mode))
-    if field is None:
-        assert compose(overrides).aggregation.kind == rule.split()[0]
-        return
-    with pytest.raises(ConfigError) as caught:
-        compose(overrides)
-    assert str(caught.value).startswith(f"{field}=")
-    assert "Fix: " in str(caught.value)
+def test_every_rule_runs_in_the_modes_it_claims_and_is_refused_in_the_others() -> None:
+    ((heads, rows),) = (found for found in FORMS if found[0][:2] == ("rule", next(iter(MODES))))
+    assert set(MODES) == set(heads[1:])
+    claimed = {row[0].replace("`", "") for row in rows}
+    assert {rule.partition(",")[0] for rule in claimed} == {*BUILT_IN, "module:name"}
+    for row in rows:
+        rule = row[0].replace("`", "")
+        kind = rule.partition(",")[0]
+        own = kind == "module:name"
+        for mode, cell in zip(heads[1:], row[1:], strict=True):
+            for overrides in MODES[mode]:
+                chosen = (
+                    f"aggregation={'average' if own else kind} {INSIDE.get(rule, '')} {overrides}".split()
+                )
+                chosen += ["aggregation.kind='tests.test_config:OWN_RULE'"] if own else []
+                if not cell.startswith("refused"):
+                    assert compose(chosen).aggregation.kind == ("tests.test_config:OWN_RULE" if own else kind)
+                    continue
+                with pytest.raises(ConfigError, match="Fix: "):
+                    compose(chosen)
+    with pytest.raises(ConfigError, match="drowns"):
+        compose(["aggregation=maximin", "secagg.output_epsilon=8"])  # at the contrast of its option file
+    with pytest.raises(ConfigError, match="drowns"):
+        compose(["aggregation=lse", "aggregation.a=-4.5", "secagg.output_epsilon=8"])
 
 
 def test_all_problems_are_named_at_once() -> None:
