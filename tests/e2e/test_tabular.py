@@ -92,7 +92,7 @@ def test_every_reward_runs_blind_and_clear_alike(
     monkeypatch.setattr(plots, "_draw", lambda height, paint: "<svg/>")  # drawing is what takes time
     options = [
         f"task.reward={kind}",
-        "ppo.steps=3",
+        "ppo.steps=2",
         "aggregation.ramp=2",
         *f"aggregation={TASKS[kind]}".split(),
     ]
@@ -102,7 +102,7 @@ def test_every_reward_runs_blind_and_clear_alike(
         found[mode] = outcome(run)
     assert found["blind"] == found["clear"]
     steps = found["blind"]["rewards.jsonl"]
-    assert [row["opened"] for row in steps] == [True] * 3
+    assert [row["opened"] for row in steps] == [True] * 2
     assert all(0 <= r <= 1 for row in steps for r in row["rewards"])
     for split in ("train", "heldout"):
         after, top = found["blind"]["alignment"][split]["after"], found["blind"]["ceiling"][split]
