@@ -28,6 +28,7 @@ from appa_secure import config_checks
 from appa_secure.config_checks import Problem
 from appa_secure.config_sections import Config
 from appa_secure.errors import ConfigError
+from appa_secure.rewards import FORMAT_PENALTY
 
 GROUPS = (
     "data", "embedder", "predictor", "policy", "privacy", "secagg", "aggregation", "system", "federation", "experiment",
@@ -51,7 +52,9 @@ def compose(overrides: list[str]) -> Config:
         raise ConfigError(f"the configuration cannot be composed: {error}") from error
     assert isinstance(tree, dict)
     tree.pop("sweep", None)  # the study that an experiment declares: for appa_secure.sweep alone
-    evaluation, data = tree["evaluation"], tree["data"]
+    evaluation, data, task = tree["evaluation"], tree["data"], tree["task"]
+    if task.get("format_penalty") is None:
+        task["format_penalty"] = FORMAT_PENALTY.get(task.get("reward"))
     if evaluation.get("truth") is None:
         # An institution's own answers are measured against only when somebody asks for it.
         evaluation["truth"] = data.get("kind") != "table"

@@ -15,11 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from appa_secure.aggregation import AggregationSpec
 from appa_secure.secagg.fixedpoint import FLOAT_BITS
 from appa_secure.tasks import MAX_WEIGHT
 
 if TYPE_CHECKING:
-    from appa_secure.aggregation import AggregationSpec
     from appa_secure.config_sections import AggregationConfig, Config
 
 # Bits of relative precision that must be left of the smallest exponential a client adds to a fixed-point sum.
@@ -286,6 +286,15 @@ def _drowned(c: Config) -> Iterator[Problem]:
     wider = "" if c.secagg.ring_bits == 64 else " or secagg.ring_bits=64"
     drowns = f"drowns in the rounding of secagg.ring_bits={c.secagg.ring_bits}"
     needed = exponents(aggregation)
+    if aggregation.kind == "appa" and aggregation.variant == "paper":
+        # Rounding of Z moves Σα by up to 2^-(f+1)·exp(1/T), and beyond the tolerance every step would take the mean.
+        steepest = limit + (_EXP_PRECISION_BITS + 1) * math.log(2) + math.log(AggregationSpec.alpha_tolerance)
+        if needed["temperature"] > steepest:
+            yield Problem(
+                "aggregation.temperature", aggregation.temperature, "variant=paper needs an exact sum of weights, which "
+                f"{drowns}", f"aggregation.temperature={math.ceil(1e3 / steepest) / 1e3} or aggregation.variant=weighted{wider}",
+            )  # fmt: skip
+            return
     if needed.get("sharpness", 0.0) > limit:
         yield Problem(
             "aggregation.sharpness", aggregation.sharpness, f"exp(-sharpness) {drowns}",

@@ -30,7 +30,6 @@ from appa_secure import data as surveys
 from appa_secure.aggregation import AggregationSpec, combine, contribution
 from appa_secure.ceilings import ceiling, group_distributions
 from appa_secure.config import Config
-from appa_secure.errors import ConfigError
 from appa_secure.journal import atomic_write
 from appa_secure.report.tables import markdown
 from appa_secure.rewards import Scorer, task_of
@@ -140,10 +139,6 @@ def play(
 def rules(config: Config, population: Population) -> dict[str, AggregationSpec]:
     """Every built-in rule, those with weights also capped. `aggregation.*` of the configuration gives maximin's options."""
     found = ceiling(population.reward, list(population.questions.values()), population.truth)
-    if found["avg"] is None or found["min"] is None:
-        raise ConfigError(
-            f"task.reward={population.reward}: no ceilings, so no band to cap with. Fix: fewer options"
-        )
     own = replace(config.aggregation.spec, kind="maximin")
     level, best = found["avg"]["avg"], found["min"]["min"]
     appa = AggregationSpec(tau=1.0)

@@ -43,6 +43,9 @@ _TASK_OF = {
     "choice": "choice",
 }
 KINDS = tuple(_TASK_OF)
+# Training reward of an answer that cannot be read: below what a random readable answer earns on surveys, so that none is
+# never the better choice, and not far below, where a few of them would set the scale of all advantages.
+FORMAT_PENALTY = dict.fromkeys(KINDS, 0.5) | {"kl": 0.25, "kendall": 0.25, "binary": 0.0, "choice": 0.0}
 
 
 def task_of(kind: str) -> str:

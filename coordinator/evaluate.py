@@ -134,11 +134,10 @@ class Evaluator:
             for name, values in (("avg", means.mean(axis=1)), ("min", means.min(axis=1)))
         }
 
-    def ceilings(self, qids: Sequence[str]) -> dict[str, Any] | None:
-        """Attainable alignment on questions: `avg`, the best average; `min`, the best possible worst group.
-
-        None where it is not known how to compute it.
-        """
+    def ceilings(self, qids: Sequence[str]) -> dict[str, Any]:
+        """Attainable alignment on questions: `avg`, the best average; `min`, the best possible worst group; the other
+        score at each; `uniform`, the average of uniform answers; (avg, min) of the objectives `pooled` and
+        `question_min` (`appa_secure.ceilings`)."""
         groups = list(self.truth.groups)
         questions = [self.agreement.questions[q] for q in qids]
         table = {}
@@ -148,11 +147,15 @@ class Evaluator:
         found = ceiling(self.agreement.reward, questions, table)
         average, worst = found["avg"], found["min"]
         return {
-            "avg": None if average is None else average["avg"],
-            "min": None if worst is None else worst["min"],
-            "avg_at_min": None if worst is None else worst["avg"],
-            "min_at_avg": None if average is None else average["min"],
-            "uniform": None if found["uniform"] is None else found["uniform"]["avg"],
+            "avg": average["avg"],
+            "min": worst["min"],
+            "avg_at_min": worst["avg"],
+            "min_at_avg": average["min"],
+            "uniform": found["uniform"]["avg"],
+            **{
+                name: {"avg": found[name]["avg"], "min": found[name]["min"]}
+                for name in ("pooled", "question_min")
+            },
         }
 
 

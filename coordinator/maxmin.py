@@ -27,6 +27,7 @@ from appa_secure.records import RunDir
 from appa_secure.systems import AnswerReward, comparable, initial_mixture
 from appa_secure.tasks import parse, prompt
 from coordinator.predictor import adam, decay, save_state
+from coordinator.reward import Seen, StepReward
 from coordinator.rounds import Rounds
 from coordinator.sampling import sample
 from coordinator.tuning import ask_patiently
@@ -129,10 +130,10 @@ def _seed(seed: int, done: int) -> int:
     return int(np.random.default_rng([seed, 0xE3, done]).integers(2**31))
 
 
-class MaxMinReward:
-    """A TRL reward function: the reward model under which this step's rollouts fare worst. Asks no client anything.
+class MaxMinReward(StepReward):
+    """The reward model under which this step's rollouts fare worst. Asks no client anything.
 
-    An answer that cannot be read gets 0, as if it lost every comparison. `rows`: as `FederatedReward` keeps them.
+    An answer that cannot be read gets 0, as if it lost every comparison.
     """
 
     __name__ = "maxmin_reward"
@@ -144,18 +145,16 @@ class MaxMinReward:
         embeddings: Mapping[str, np.ndarray],
         draw: Draw,
         seed: int,
-        seen: Callable[..., None] | None = None,
+        seen: Seen | None = None,
     ) -> None:
-        self.agreement, self.embeddings, self.seen = agreement, embeddings, seen
+        super().__init__(agreement, seen)
+        self.embeddings = embeddings
         embedding, cumulative = next(iter(embeddings.values())).shape[1], agreement.reward == "wasserstein"
         self.models = [AnswerReward(embedding, cumulative) for _ in mixture.models]
         for model, vector in zip(self.models, mixture.models, strict=True):
             unflatten(model, vector)
-        self.rows: dict[int, dict[str, Any]] = {}
         qids, texts = _pairs(agreement, draw(_REFERENCES, _seed(seed, _REFERENCE_DRAW)))
-        found = self._raw(
-            qids, [parse(t, agreement.questions[q], agreement.task) for q, t in zip(qids, texts, strict=True)]
-        )
+        found = self._raw(qids, self.parsed(qids, texts))
         at = {q: np.flatnonzero(np.array(qids) == q) for q in dict.fromkeys(qids)}
         self._mean = {q: found[:, rows].mean(axis=1) for q, rows in at.items()}  # question -> (K,)
         self._unseen = found.mean(axis=1)  # (K,), for a question without readable references
@@ -167,27 +166,13 @@ class MaxMinReward:
         mean = np.stack([self._mean.get(q, self._unseen) for q in qids], axis=1)
         return np.asarray(1.0 / (1.0 + np.exp(-(self._raw(qids, answers) - mean) / self._spread[:, None])))
 
-    def __call__(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        qid: Sequence[str],
-        trainer_state: Any,
-        **_: Any,
-    ) -> list[float]:
+    def step(self, step: int, qids: Sequence[str], texts: Sequence[str]) -> list[float | None]:
         """Rewards (B,) of one step's rollouts."""
-        step, texts = (
-            int(trainer_state.ppo_step),
-            [c if isinstance(c, str) else c[0]["content"] for c in completions],
-        )
-        answers = [
-            parse(t, self.agreement.questions[q], self.agreement.task)
-            for q, t in zip(qid, texts, strict=True)
-        ]
+        answers = self.parsed(qids, texts)
         good = [i for i, a in enumerate(answers) if a is not None]
         rewards, worst = np.zeros(len(texts)), None
         if good:
-            found = self.rewards([qid[i] for i in good], [answers[i] for i in good])
+            found = self.rewards([qids[i] for i in good], [answers[i] for i in good])
             worst = int(found.mean(axis=1).argmin())
             rewards[good] = found[worst]
         row = {
@@ -195,9 +180,9 @@ class MaxMinReward:
             "result": {"branch": None if worst is None else f"reward model {worst + 1}"},
         }  # fmt: skip
         if step not in self.rows and self.seen is not None:
-            self.seen(step, list(qid), answers, row)
+            self.seen(step, qids, answers, row)
         self.rows[step] = row
-        return rewards.tolist()
+        return list(rewards.tolist())
 
     def _raw(self, qids: Sequence[str], answers: Sequence[Any]) -> np.ndarray:
         with torch.no_grad():

@@ -36,7 +36,7 @@ from coordinator.maxmin import MaxMinReward, drawer, learn_mixture
 from coordinator.policies import build_policy, warm_up
 from coordinator.ppo import PPOTrainer, latest_checkpoint, make_config
 from coordinator.predictor import Sums, record_ledger, train_predictor
-from coordinator.reward import FederatedReward
+from coordinator.reward import FederatedReward, StepReward
 from coordinator.rounds import Federation, Rounds, ask
 from coordinator.sampling import sample
 from coordinator.summary import summarise
@@ -204,7 +204,7 @@ class Pipeline:
         if run.metrics.truncate_after(at) or at:
             run.transcript.resume("align", at)
         payload: dict[str, Any] = {"stopped": None}
-        reward: FederatedReward | MaxMinReward
+        reward: StepReward
         if agreement.system.kind == "maxmin":
             reward, payload["mixture"] = self._maxmin()
         else:

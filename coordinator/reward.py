@@ -15,6 +15,7 @@ trainer resumed from a checkpoint gets the same rewards without asking anyone ag
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -49,25 +50,16 @@ class _Alignment:
     histories: tuple[float, ...] | None = None  # cohort mode only: one per group
 
 
-class FederatedReward:
-    """See the module docstring. `seen` is called once per new step with the parsed rollouts and the step's row."""
+class StepReward(ABC):
+    """A TRL reward function that is asked once per step: rollouts are gathered over all processes, read, and scored
+    together by `step`. `rows`: what each step was, by its number; `seen` is called once per new step with the parsed
+    rollouts and the step's row."""
 
-    __name__ = "federated_reward"
+    __name__ = "step_reward"
 
-    def __init__(
-        self,
-        agreement: Agreement,
-        rounds: Rounds,
-        journal: Journal,
-        format_penalty: float,
-        seen: Seen | None = None,
-        stamp: str = "not private",
-    ) -> None:
-        self.agreement, self.rounds, self.journal = agreement, rounds, journal
-        self._scored = Scored(rounds.run.path("stages") / "scored.bin")
-        self.format_penalty, self.seen, self.stamp = format_penalty, seen, stamp
-        self.rows: dict[int, dict[str, Any]] = {row["step"]: row for row in journal}
-        self._discarded = 0
+    def __init__(self, agreement: Agreement, seen: Seen | None) -> None:
+        self.agreement, self.seen = agreement, seen
+        self.rows: dict[int, dict[str, Any]] = {}
 
     def __call__(
         self,
@@ -77,7 +69,7 @@ class FederatedReward:
         trainer_state: Any,
         **_: Any,
     ) -> list[float | None]:
-        """Rewards of one step's rollouts, gathered over all processes: one federated query per step."""
+        """Rewards of this process's rollouts in the step `trainer_state.ppo_step`."""
         texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
         step = int(trainer_state.ppo_step)
         if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
@@ -94,13 +86,41 @@ class FederatedReward:
         start = sum(len(part[0]) for part in parts[:rank])
         return list(answer[0][start : start + len(texts)])
 
+    @abstractmethod
     def step(self, step: int, qids: Sequence[str], texts: Sequence[str]) -> list[float | None]:
-        """Rewards (B,) of step number `step` (from 1); None where the step was discarded."""
+        """Rewards (B,) of all rollouts of step number `step` (from 1); None where there is none."""
+
+    def parsed(self, qids: Sequence[str], texts: Sequence[str]) -> list[np.ndarray | None]:
+        """The answers (K,), None where a text is none."""
+        a = self.agreement
+        return [parse(t, a.questions[q], a.task, a.max_weight) for q, t in zip(qids, texts, strict=True)]
+
+
+class FederatedReward(StepReward):
+    """See the module docstring."""
+
+    __name__ = "federated_reward"
+
+    def __init__(
+        self,
+        agreement: Agreement,
+        rounds: Rounds,
+        journal: Journal,
+        format_penalty: float,
+        seen: Seen | None = None,
+        stamp: str = "not private",
+    ) -> None:
+        super().__init__(agreement, seen)
+        self.rounds, self.journal = rounds, journal
+        self._scored = Scored(rounds.run.path("stages") / "scored.bin")
+        self.format_penalty, self.stamp = format_penalty, stamp
+        self.rows = {row["step"]: row for row in journal}
+        self._discarded = 0
+
+    def step(self, step: int, qids: Sequence[str], texts: Sequence[str]) -> list[float | None]:
+        """Rewards (B,); None where the step was discarded, and of answers that were scored with other members."""
         asked = hashlib.sha256(canonical_json([step, list(qids), list(texts)])).hexdigest()
-        answers = [
-            parse(t, self.agreement.questions[q], self.agreement.task, self.agreement.max_weight)
-            for q, t in zip(qids, texts, strict=True)
-        ]
+        answers = self.parsed(qids, texts)
         row = self.rows.get(step)
         if row is None:
             follow(self.rounds)

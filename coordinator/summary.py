@@ -42,7 +42,10 @@ def summarise(
         names = ("train", "heldout")
         alignment = {s: {"before": stages["before"][s], "after": stages["after"][s]} for s in names}
         closed = {s: _gap_closed(alignment[s], ceilings[s]) for s in names}
-        gained = {s: _gained(alignment[s]["after"]["min"], ceilings[s]) for s in names}
+        gained = {
+            s: share_of_gain(alignment[s]["after"]["min"], ceilings[s]["min_at_avg"], ceilings[s]["min"])
+            for s in names
+        }
     rows = list(run.ledger)
     private = statement(c, rows, agreement.plan.noise_multiplier, nominal)
     output = _output(c, agreement, run)
@@ -63,7 +66,7 @@ def summarise(
         "system": {"kind": c.system.kind, "mixture": stages["align"].get("mixture")},
         "reward": c.task.reward,
         "alignment": alignment,
-        "ceiling": {"avg": None, "min": None} if ceilings is None else {**(ceilings["train"] or {}), **ceilings},
+        "ceiling": {"avg": None, "min": None} if ceilings is None else {**ceilings["train"], **ceilings},
         "gap_closed": closed,
         "share_of_gain": gained,
         "predictor": stages["predictor"].get("alignment"),
@@ -119,15 +122,10 @@ def _traffic(agreement: Agreement, run: RunDir) -> dict[str, Any]:
     }
 
 
-def _gap_closed(alignment: dict[str, Any], ceilings: dict[str, Any] | None) -> dict[str, float | None]:
+def _gap_closed(alignment: dict[str, Any], ceilings: Mapping[str, Any]) -> dict[str, float | None]:
     """Share of the way from the warmed-up policy to the ceiling that alignment went, for average and worst group."""
     out: dict[str, float | None] = {}
     for name in ("avg", "min"):
-        top = None if ceilings is None else ceilings[name]
-        before, after = alignment["before"][name], alignment["after"][name]
-        out[name] = None if top is None or top <= before else (after - before) / (top - before)
+        top, before, after = ceilings[name], alignment["before"][name], alignment["after"][name]
+        out[name] = None if top <= before else (after - before) / (top - before)
     return out
-
-
-def _gained(value: float, ceilings: dict[str, Any] | None) -> float | None:
-    return None if ceilings is None else share_of_gain(value, ceilings["min_at_avg"], ceilings["min"])

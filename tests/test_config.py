@@ -3,15 +3,19 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from appa_secure import config_checks
+from appa_secure.aggregation import BUILT_IN
 from appa_secure.config import GROUPS, Config, compose, fields, load, option_summary, options
 from appa_secure.config_notes import notes
 from appa_secure.errors import ConfigError
+from appa_secure.rewards import KINDS, score, task_of
+from tests.test_docs import tables
 
 # What an option needs besides its name to be a runnable configuration; HERE stands for a path that exists.
 HERE = str(Path(__file__).parent)
@@ -87,6 +91,18 @@ def test_numbers_are_names_where_names_are_asked_for() -> None:
     config = compose(["name=2024", "data.groups=[1,2,3,4,5]"])
     assert config.name == "2024"
     assert config.data.groups == ("1", "2", "3", "4", "5")
+
+
+def test_an_unreadable_answer_earns_less_than_a_random_one() -> None:
+    """Else the policy would learn to write nothing that can be read."""
+    rng = np.random.default_rng(1)
+    targets = rng.dirichlet(np.ones(4), 400)
+    for kind in KINDS:
+        penalty = compose([f"task.reward={kind}"]).task.format_penalty
+        answers = {"dpa": rng.dirichlet(np.ones(4), 400), "opa": rng.random((400, 4))}.get(task_of(kind))
+        answers = np.eye(4)[rng.integers(4, size=400)] if answers is None else answers
+        assert penalty < score(kind, answers, targets, np.tile(np.arange(4.0), (400, 1))).mean() - 0.1
+    assert compose(["task.reward=choice", "task.format_penalty=0.25"]).task.format_penalty == 0.25
 
 
 def test_truth_is_measured_except_on_an_institutions_own_data() -> None:
@@ -202,6 +218,7 @@ REFUSED = [
     ("data.groups=[a,b,c]", "secagg.min_cohort", "3 groups"),
     ("secagg=cohort", "federation.members_per_group", "federation.members_per_group=5"),
     ("secagg.ring_bits=32 aggregation=min", "aggregation.sharpness", "secagg.ring_bits=64"),
+    ("secagg.ring_bits=32 aggregation.variant=paper", "aggregation.temperature", "variant=weighted"),
     # output noise
     ("secagg.release=noise", "secagg.release", "secagg.output_epsilon=8"),
     ("secagg.colluders=1", "secagg.colluders", "secagg.output_epsilon=8"),
@@ -291,6 +308,7 @@ def test_the_suggested_bounds_are_themselves_accepted() -> None:
     for overrides, field in (
         ("aggregation=max aggregation.sharpness=80", "aggregation.sharpness"),
         ("secagg.ring_bits=32 aggregation=min", "aggregation.sharpness"),
+        ("secagg.ring_bits=32 aggregation.variant=paper", "aggregation.temperature"),
         ("aggregation.temperature=0.01", "aggregation.temperature"),
         ("ppo.minibatch_size=63", "ppo.minibatch_size"),
         ("predictor.heads=5", "predictor.dim"),
@@ -300,6 +318,44 @@ def test_the_suggested_bounds_are_themselves_accepted() -> None:
         fix = str(caught.value).partition("Fix: ")[2].split()[0]
         assert fix.startswith(f"{field}=")
         compose([*overrides.split(), fix])
+
+
+# Modes as in the table of docs/results/aggregations.md: head of a column, overrides.
+MODES = {
+    "blind and clear, further sums": ("secagg=blind", "secagg=clear"),
+    "blind with output noise": ("secagg=blind secagg.output_epsilon=8",),
+    "cohort": ("secagg=cohort federation.members_per_group=5 secagg.output_epsilon=8",),
+}
+# Options with which a rule stays inside what the table allows it.
+INSIDE = {"maximin": "aggregation.band=[0.92,0.94]", "appa, paper": "aggregation.variant=paper"}
+OWN_RULE = BUILT_IN["average"]
+FORMS = tables(Path(__file__).parent.parent / "docs" / "results" / "aggregations.md")
+
+
+def test_every_rule_runs_in_the_modes_it_claims_and_is_refused_in_the_others() -> None:
+    ((heads, rows),) = (found for found in FORMS if found[0][:2] == ("rule", next(iter(MODES))))
+    assert set(MODES) == set(heads[1:])
+    claimed = {row[0].replace("`", "") for row in rows}
+    assert {rule.partition(",")[0] for rule in claimed} == {*BUILT_IN, "module:name"}
+    for row in rows:
+        rule = row[0].replace("`", "")
+        kind = rule.partition(",")[0]
+        own = kind == "module:name"
+        for mode, cell in zip(heads[1:], row[1:], strict=True):
+            for overrides in MODES[mode]:
+                chosen = (
+                    f"aggregation={'average' if own else kind} {INSIDE.get(rule, '')} {overrides}".split()
+                )
+                chosen += ["aggregation.kind='tests.test_config:OWN_RULE'"] if own else []
+                if not cell.startswith("refused"):
+                    assert compose(chosen).aggregation.kind == ("tests.test_config:OWN_RULE" if own else kind)
+                    continue
+                with pytest.raises(ConfigError, match="Fix: "):
+                    compose(chosen)
+    with pytest.raises(ConfigError, match="drowns"):
+        compose(["aggregation=maximin", "secagg.output_epsilon=8"])  # at the contrast of its option file
+    with pytest.raises(ConfigError, match="drowns"):
+        compose(["aggregation=lse", "aggregation.a=-4.5", "secagg.output_epsilon=8"])
 
 
 def test_all_problems_are_named_at_once() -> None:

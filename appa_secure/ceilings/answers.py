@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from appa_secure.ceilings.listed import choices
 from appa_secure.errors import DataError
-from appa_secure.rewards import KL_SMOOTHING, score, task_of
+from appa_secure.rewards import KL_SMOOTHING, score
 
 if TYPE_CHECKING:
     from appa_secure.data.survey import Question
@@ -45,13 +45,17 @@ class Answers:
                     )
                 self.ordinals[row, :count] = question.ordinals
 
-    def alignment(self, answers: Floats) -> Floats:
-        """AS of each group, (G,), for answers (Q, K)."""
+    def rewards(self, answers: Floats) -> Floats:
+        """Reward of each answer (Q, K) for each group, (Q, G)."""
         count, groups, width = self.targets.shape
         per_pair = np.repeat(np.arange(count), groups)  # (Q·G,)
         flat = self.targets.reshape(-1, width)
-        rewards = score(self.kind, answers[per_pair], flat, self.ordinals[per_pair], self.mask[per_pair])
-        result: Floats = (rewards.reshape(count, groups) * self.share).sum(axis=0)
+        found = score(self.kind, answers[per_pair], flat, self.ordinals[per_pair], self.mask[per_pair])
+        return found.reshape(count, groups)
+
+    def alignment(self, answers: Floats) -> Floats:
+        """AS of each group, (G,), for answers (Q, K)."""
+        result: Floats = (self.rewards(answers) * self.share).sum(axis=0)
         return result
 
     def mixed(self, weights: Floats) -> Floats:
@@ -65,17 +69,27 @@ class Answers:
         local = weights * self.share  # (Q, G) weight of each reward in the objective
         total = local.sum(axis=1)  # (Q,); 0 where no group with weight has answers: any answer is best there
         local = np.where(total[:, None] > 0, local, self.share)
-        local /= local.sum(axis=1, keepdims=True)
-        if self.kind == "wasserstein":
-            answers, gap = self._median(local), np.zeros(len(total))
-        elif self.kind == "cosine":
-            lengths = np.linalg.norm(self.targets, axis=2)
-            answers, gap = self.mixed(local / lengths), np.zeros(len(total))
-        elif self.kind == "js":
-            answers, gap = self._js(local)
-        else:
-            answers, gap = self._kl(local)
+        answers, gap = self.best(local / local.sum(axis=1, keepdims=True))
         return answers, self.alignment(answers), float(total @ gap)
+
+    def best(self, weights: Floats) -> tuple[Floats, Floats]:
+        """Best answers (Q, K) to each question's own group weights (Q, G), rows summing to 1, and a bound (Q,) on what
+        each misses."""
+        if self.kind == "wasserstein":
+            return self._median(weights), np.zeros(len(weights))
+        if self.kind == "cosine":
+            return self.mixed(weights / np.linalg.norm(self.targets, axis=2)), np.zeros(len(weights))
+        return self._js(weights) if self.kind == "js" else self._kl(weights)
+
+    def averaged(self, mixture: Floats, answers: Floats) -> Floats:
+        """One answer (Q, K) at least as good for every group as drawing the J `answers` (J, Q, K) with the chances
+        `mixture` (J, Q): rewards are concave in the answer, cosine in the answer scaled to length 1."""
+        scale = mixture[:, :, None]
+        if self.kind == "cosine":
+            scale = scale / np.linalg.norm(answers, axis=2, keepdims=True)
+        result = (scale * answers).sum(axis=0)
+        averaged: Floats = result / result.sum(axis=1, keepdims=True)
+        return averaged
 
     def _median(self, weights: Floats) -> Floats:
         """Σ_g w_g·|F - F_g| is least at the weighted median, option by option; of several, the lower one."""
@@ -135,35 +149,40 @@ class Answers:
 
 
 class Table:
-    """Answers that can be listed: every ranking, or every option."""
+    """Answers that are not distributions (`listed`). `answers` (Q, G) are the rewards that they give each group."""
 
     def __init__(
         self, kind: str, questions: Sequence[Question], distributions: Mapping[str, ArrayLike]
     ) -> None:
         found, self.share = _targets(questions, distributions)
         self.groups = len(found[0])
-        self.rewards = [_rewards_of_all(kind, target) for target in found]  # per question (G, answers)
+        self.choices = [choices(kind, target) for target in found]
 
     def respond(self, weights: Floats) -> tuple[Floats, Floats, float]:
-        """Best answers to group weights: indices (Q,), their AS (G,), and 0, as the listing is complete."""
-        local = weights * self.share
-        best = [int(np.argmax(row @ table)) for row, table in zip(local, self.rewards, strict=True)]
-        return np.array(best, dtype=np.float64), self._alignment(best), 0.0
+        """Best answers to group weights (G,), their AS (G,), and 0: they are exact."""
+        answers, _ = self.best(weights * self.share)
+        return answers, self.alignment(answers), 0.0
 
-    def question_min(self) -> tuple[Floats, float]:
-        """The best single answer for each question's worst group: AS (G,), mean of the worst rewards."""
-        worst = [table[row > 0].min(axis=0) for row, table in zip(self.share, self.rewards, strict=True)]
-        best = [int(np.argmax(values)) for values in worst]
-        return self._alignment(best), float(np.mean([values.max() for values in worst]))
+    def best(self, weights: Floats) -> tuple[Floats, Floats]:
+        """Best answers to each question's own group weights (Q, G), and 0 for each."""
+        rewards = [one.best(row) for row, one in zip(weights, self.choices, strict=True)]
+        return np.array(rewards), np.zeros(len(rewards))
+
+    def best_worst(self) -> Floats:
+        """The single answer to each question that is best for its worst group."""
+        return np.array([one.best_worst(row > 0) for row, one in zip(self.share, self.choices, strict=True)])
 
     def uniform(self) -> Floats:
-        """AS (G,) of a uniformly random answer."""
-        result: Floats = (np.array([table.mean(axis=1) for table in self.rewards]) * self.share).sum(axis=0)
-        return result
+        """A uniformly random answer to each question."""
+        return np.array([one.uniform() for one in self.choices])
 
-    def _alignment(self, answers: Sequence[int]) -> Floats:
-        chosen = np.array([table[:, index] for table, index in zip(self.rewards, answers, strict=True)])
-        result: Floats = (chosen * self.share).sum(axis=0)
+    def rewards(self, answers: Floats) -> Floats:
+        """Reward of each answer for each group, (Q, G)."""
+        return answers
+
+    def alignment(self, answers: Floats) -> Floats:
+        """AS of each group, (G,)."""
+        result: Floats = (answers * self.share).sum(axis=0)
         return result
 
 
@@ -203,17 +222,6 @@ def _targets(
             f"group number {group} has answers to none of the questions: leave it out of the ceiling"
         )
     return found, answered / answered.sum(axis=0)
-
-
-def _rewards_of_all(kind: str, target: Floats) -> Floats:
-    """Rewards (G, answers) of every ranking (`opa`) or option (`choice`) against targets (G, K)."""
-    groups, count = target.shape
-    if task_of(kind) == "opa":
-        answers = np.array(list(itertools.permutations(range(count))), dtype=np.float64)
-    else:
-        answers = np.eye(count)
-    pairs = score(kind, np.tile(answers, (groups, 1)), np.repeat(target, len(answers), axis=0))
-    return pairs.reshape(groups, len(answers))
 
 
 def _frank_wolfe_gap(gradient: Floats, p: Floats, mask: NDArray[np.bool_]) -> Floats:

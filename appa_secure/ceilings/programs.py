@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linprog
-from scipy.sparse import coo_array
+from scipy.sparse import coo_array, hstack
 
 from appa_secure.ceilings.answers import Answers, Floats
 from appa_secure.errors import DataError
@@ -90,19 +90,45 @@ def cdf_program(
     return answers / answers.sum(axis=1, keepdims=True), value, prices / prices.sum()
 
 
+def matrix_games(columns: Floats, counted: NDArray[np.bool_]) -> tuple[Floats, Floats, Floats]:
+    """Q games side by side: mix J payoffs (J, Q, G) so that the least payoff of a counted player (Q, G) is largest.
+
+    Returns:
+        Mixtures (J, Q), values (Q,), and the weights (Q, G) of the players that prove them, rows summing to 1.
+    """
+    count, games, groups = columns.shape
+    game, group = np.nonzero(counted)
+    row = np.arange(len(game))  # value_q - Σ_j mixture_jq·payoff_jqg ≤ 0
+    payoff = coo_array(
+        (
+            -columns[:, game, group].ravel(),
+            (np.tile(row, count), (np.arange(count)[:, None] * games + game).ravel()),
+        ),
+        shape=(len(row), count * games),
+    )
+    value = coo_array((np.ones(len(row)), (row, game)), shape=(len(row), games))
+    total = coo_array((np.ones(count * games), (np.tile(np.arange(games), count), np.arange(count * games))))
+    solution = _solve(
+        cost=np.concatenate([np.zeros(count * games), -np.ones(games)]),
+        rows=hstack([payoff, value]),
+        limits=np.zeros(len(row)),
+        bounds=[(0.0, 1.0)] * (count * games) + [(None, None)] * games,
+        equal=hstack([total, coo_array((games, games))]),
+    )
+    weights = np.zeros((games, groups))
+    weights[game, group] = np.maximum(-solution.ineqlin.marginals, 0.0)
+    mixture = np.maximum(solution.x[: count * games], 0.0).reshape(count, games)
+    return (
+        mixture / mixture.sum(axis=0),
+        solution.x[count * games :],
+        weights / weights.sum(axis=1, keepdims=True),
+    )
+
+
 def matrix_game(columns: Floats) -> tuple[Floats, float, Floats]:
     """Mix J payoff vectors (J, G) so that the least payoff is largest: mixture (J,), value, weights (G,)."""
-    count, groups = columns.shape
-    solution = _solve(
-        cost=np.append(np.zeros(count), -1.0),
-        rows=coo_array(np.hstack([-columns.T, np.ones((groups, 1))])),  # t <= (mixture @ columns)_g
-        limits=np.zeros(groups),
-        bounds=[(0.0, 1.0)] * count + [(None, None)],
-        equal=coo_array(np.append(np.ones(count), 0.0)[None]),
-    )
-    weights = np.maximum(-solution.ineqlin.marginals, 0.0)
-    mixture = np.maximum(solution.x[:count], 0.0)
-    return mixture / mixture.sum(), float(solution.x[-1]), weights / weights.sum()
+    mixture, value, weights = matrix_games(columns[:, None], np.ones((1, columns.shape[1]), dtype=bool))
+    return mixture[:, 0], float(value[0]), weights[0]
 
 
 def _solve(cost: Floats, rows: Any, limits: Floats, bounds: Any, equal: Any = None) -> Any:
@@ -112,7 +138,7 @@ def _solve(cost: Floats, rows: Any, limits: Floats, bounds: Any, equal: Any = No
         A_ub=rows,
         b_ub=limits,
         A_eq=equal,
-        b_eq=None if equal is None else [1.0],
+        b_eq=None if equal is None else np.ones(equal.shape[0]),
         bounds=bounds,
         method="highs",
     )

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from appa_secure import __version__
 from appa_secure.records import REPORT, atomic_write
 from appa_secure.report import plots, tables, words
-from appa_secure.report.run import Run, load_run
+from appa_secure.report.run import Run, load_run, lookup
 
 environment = Environment(
     loader=PackageLoader("appa_secure.report", "templates"),
@@ -194,7 +194,13 @@ def _totals(run: Run) -> list[dict[str, Any]]:
             row[f"{split}_ceiling"] = run.ceiling(split, which)
             row[f"{split}_gap"] = words.gap_closed(run, split, which) if which != "fairness" else None
         rows.append(row)
-    return rows
+    unreadable: dict[str, Any] = {"name": "Unreadable answers", "digits": 3}
+    for split in ("train", "heldout"):
+        for when in ("before", "after"):
+            unreadable[f"{split}_{when}"] = lookup(run.summary, f"alignment.{split}.{when}.malformed")
+            unreadable[f"{split}_{when}_ci"] = None
+        unreadable |= {f"{split}_ceiling": None, f"{split}_gap": None}
+    return [*rows, unreadable]
 
 
 def _figures(run: Run) -> dict[str, Markup | None]:

@@ -5,7 +5,8 @@
     run, seed, stamp, part, split, group, round, metric, value, and a column per field of the configuration
 
 part: `policy.before`, `policy.after`, `predictor.own`, `predictor.shared`, `predictor.pluralllm` (coordinator/evaluate.py),
-`ceiling`, or `run`. group is null in figures over all groups, round everywhere but in a predictor's curve.
+`ceiling` (fields of a summary's ceiling as metrics), or `run`. group is null in figures over all groups, round everywhere
+but in a predictor's curve.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ from appa_secure.report.tables import flatten
 
 SPLITS = {"train": "training", "heldout": "held-out"}
 METRICS = {"avg": "Avg", "min": "Min", "fairness_index": "FI"}
+# Part `run`: shares of what is attainable on the questions of a split; where in a summary, and in words.
+REACHED = {
+    "gap_closed_avg": ("gap_closed.{}.avg", "Avg gap closed"),
+    "gap_closed_min": ("gap_closed.{}.min", "Min gap closed"),
+    "share_of_gain": ("share_of_gain.{}", "Min gain"),
+}
 PARTS = {
     "policy.after": "Policy after training",
     "predictor.own": "Predictor: each group with its own predictions",
@@ -227,13 +234,13 @@ def _rows(run: Run) -> Iterator[dict[str, Any]]:
             yield from figures(f"policy.{when}", split, lookup(run.summary, f"alignment.{split}.{when}"))
         for name, found in (lookup(run.summary, f"predictor.{split}") or {}).items():
             yield from figures(f"predictor.{name}", split, found)
-        for metric in ("avg", "min"):
-            for part, where in (("ceiling", "ceiling"), ("run", "gap_closed")):
-                value = lookup(run.summary, f"{where}.{split}.{metric}")
-                if isinstance(value, int | float):
-                    yield row(
-                        part, split, None, metric if part == "ceiling" else f"gap_closed_{metric}", value
-                    )
+        told = {
+            **{("ceiling", m): v for m, v in flatten(lookup(run.summary, f"ceiling.{split}") or {}).items()},
+            **{("run", m): lookup(run.summary, place.format(split)) for m, (place, _) in REACHED.items()},
+        }
+        for (part, metric), value in told.items():
+            if isinstance(value, int | float):
+                yield row(part, split, None, metric, value)
         for measured in run.measurement:
             if isinstance(number := measured.get("round"), int):
                 for name, found in (measured.get(split) or {}).items():

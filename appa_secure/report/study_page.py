@@ -12,6 +12,7 @@ from appa_secure.report.html import environment, figure
 from appa_secure.report.study import (
     METRICS,
     PARTS,
+    REACHED,
     SPLITS,
     Difference,
     Estimate,
@@ -47,10 +48,10 @@ def render_study(root: Path, by: str | None = None) -> Path:
         speed_title=SPEED,
         runs=len(study.runs),
         parts=[
-            (PARTS[part], means_table(study, part), differences_table(study, part, pairs))
+            (PARTS[part], means_heads(part), means_table(study, part), differences_table(study, part, pairs))
             for part in study.parts()
         ],
-        heads=(means_heads(), DIFFERENCE_HEADS, SPEED_HEADS),
+        heads=(DIFFERENCE_HEADS, SPEED_HEADS),
         speed=speed_table(study, pairs),
         figures=[(drawing.caption, figure(drawing.svg, drawing.caption)) for drawing in drawings],
         missing=study.missing,
@@ -68,7 +69,7 @@ def study_markdown(root: Path, by: str | None = None) -> str:
     pairs, blocks = study.pairs(by), []
     for part in study.parts():
         blocks.append(f"{PARTS[part]}:\n")
-        blocks.append(markdown(means_heads(), means_table(study, part)))
+        blocks.append(markdown(means_heads(part), means_table(study, part)))
         differences = differences_table(study, part, pairs)
         if differences:
             blocks.append("Paired differences over the same seeds:\n")
@@ -81,13 +82,16 @@ def study_markdown(root: Path, by: str | None = None) -> str:
     return "\n".join(blocks) + choice_note([Row(name, run) for name, run in study.runs.items()])
 
 
-def means_heads() -> list[str]:
+def means_heads(part: str) -> list[str]:
     """Heads of `means_table`."""
-    return ["", "seeds", *(f"{split} {name}" for split in SPLITS.values() for name in METRICS.values()), "ε"]
+    figures = [f"{split} {name}" for split in SPLITS.values() for name in METRICS.values()]
+    return ["", "seeds", *figures, *(name for name, *_ in _shares(part)), "ε"]
 
 
 def means_table(study: Study, part: str) -> list[list[str]]:
-    """A line per condition: mean over seeds and 95 % interval of Avg, Min and FI on training and held-out questions."""
+    """A line per condition: mean over seeds and 95 % interval of Avg, Min and FI on training and held-out questions; of a
+    policy also what it reached of what is attainable on its training questions, and which share of its answers there
+    cannot be read."""
     lines = []
     for condition in study.conditions:
         found = [study.estimate(condition, part, split, metric) for split in SPLITS for metric in METRICS]
@@ -97,8 +101,20 @@ def means_table(study: Study, part: str) -> list[list[str]]:
         texts = [
             _estimate(one, _DIGITS[metric]) for one, metric in zip(found, list(METRICS) * 2, strict=True)
         ]
-        lines.append([condition, str(seeds), *texts, _epsilon(study, condition)])
+        shares = [
+            _estimate(study.estimate(condition, where, "train", metric), 1, unit=100.0)
+            for _, where, metric in _shares(part)
+        ]
+        lines.append([condition, str(seeds), *texts, *shares, _epsilon(study, condition)])
     return lines
+
+
+def _shares(part: str) -> list[tuple[str, str, str]]:
+    """Further columns of a part, in percent: head, part and metric."""
+    if part != "policy.after":
+        return []
+    reached = [(f"{name}, %", "run", metric) for metric, (_, name) in REACHED.items()]
+    return [*reached, ("unreadable, %", part, "malformed")]
 
 
 DIFFERENCE_HEADS = ["", "questions", "figure", "seeds", "difference", "in %", "p"]
@@ -143,11 +159,13 @@ def _difference(d: Difference) -> list[str]:
     return [str(d.absolute.n), _estimate(d.absolute, 4, "+"), _estimate(d.percent, 2, "+"), p]
 
 
-def _estimate(e: Estimate | None, digits: int, sign: str = "") -> str:
+def _estimate(e: Estimate | None, digits: int, sign: str = "", unit: float = 1.0) -> str:
     if e is None:
         return "–"
-    text = f"{e.mean:{sign}.{digits}f}"
-    return text if e.low is None else f"{text} [{e.low:{sign}.{digits}f}, {e.high:{sign}.{digits}f}]"
+    text = f"{unit * e.mean:{sign}.{digits}f}"
+    if e.low is None or e.high is None:
+        return text
+    return f"{text} [{unit * e.low:{sign}.{digits}f}, {unit * e.high:{sign}.{digits}f}]"
 
 
 def _epsilon(study: Study, condition: str) -> str:

@@ -33,7 +33,9 @@ RULES = {
     "average": "every group counts the same",
     "min": "only the worst-off group counts",
     "max": "only the best-off group counts",
+    "lse": "between average and worst-off (a below 0) or best-off group (a above 0) of each answer",
     "appa": "groups that have fared worse so far count more",
+    "maximin": "groups that have fared worse so far count more, up to a fixed cap, towards the best possible worst-off group",
 }
 
 SYSTEMS = {

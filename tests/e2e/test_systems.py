@@ -10,6 +10,8 @@ import pytest
 from appa_secure import launch
 from appa_secure.config import compose
 from appa_secure.records import read_journal, verify
+from appa_secure.report import plots
+from appa_secure.rewards import FORMAT_PENALTY
 from tests.adversarial.test_boundary import FakeEmbedder
 
 SYSTEMS = ("grdpo", "gripo", "fedrlhf", "sft", "maxmin")
@@ -39,6 +41,31 @@ def results(run: Path) -> dict[str, Any]:
         "policy": weights,
         "system": json.loads((run / "summary.json").read_text())["system"],
     }
+
+
+@pytest.mark.parametrize("kind", ["kl", "kendall", "choice"])
+def test_every_task_runs_with_a_language_model_that_cannot_answer_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Malformed answers are scored, counted and never fatal: a policy that has hardly been warmed up writes many."""
+    monkeypatch.setattr(plots, "_draw", lambda height, paint: "<svg/>")  # drawing is what takes time
+    run = finished(
+        tmp_path, monkeypatch, f"task.reward={kind}", "policy.warmup_steps=3", "evaluation.truth=true"
+    )
+    summary = json.loads((run / "summary.json").read_text())
+    steps = [row for row in read_journal(run / "metrics.jsonl") if "step" in row]
+    rewards = list(read_journal(run / "rewards.jsonl"))
+    assert [row["malformed"] for row in steps] == [row["malformed"] for row in rewards]
+    assert sum(row["malformed"] for row in steps) > 0
+    for row in rewards:
+        assert row["rewards"].count(FORMAT_PENALTY[kind]) >= row["malformed"]
+    for split in ("train", "heldout"):
+        for when in ("before", "after"):
+            found = summary["alignment"][split][when]
+            assert 0 <= found["avg"] <= 1 - found["malformed"]  # what cannot be read scores 0
+    assert summary["alignment"]["train"]["before"]["malformed"] > 0
+    assert summary["ceiling"]["train"]["avg"] > summary["ceiling"]["train"]["uniform"]
+    assert "Unreadable answers" in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

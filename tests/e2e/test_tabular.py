@@ -12,6 +12,8 @@ from appa_secure.config import Config, compose
 from appa_secure.manipulation import Lie, Population, play, rules, study
 from appa_secure.privacy.ledger import check_rows
 from appa_secure.records import read_journal
+from appa_secure.report import plots
+from appa_secure.rewards import KINDS
 from appa_secure.secagg.errors import BadEncoding
 from appa_secure.tabular import TabularPolicy
 from clients.client import Client
@@ -74,6 +76,46 @@ def test_blind_equals_clear_and_a_killed_run_ends_as_if_it_had_not_been(
     monkeypatch.undo()
     again = outcome(launch.run(config, resume=tmp_path / "killed" / "runs" / "run"))
     assert again == blind
+
+
+# Every task's rewards and every rule, each at least once.
+TASKS = {
+    "js": "average", "wasserstein": "min", "cosine": "max", "kl": "lse", "borda": "appa aggregation.tau=1.0",
+    "kendall": "appa aggregation.variant=paper aggregation.band=[0.0,1.0] aggregation.tau=1.0", "binary": "maximin",
+    "choice": "appa aggregation.fi_scope=batch aggregation.fi=cov",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_reward_runs_blind_and_clear_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """One command: configuration, run, summary with ceilings of that reward; the same rewards at every step."""
+    monkeypatch.setattr(plots, "_draw", lambda height, paint: "<svg/>")  # drawing is what takes time
+    options = [
+        f"task.reward={kind}",
+        "ppo.steps=2",
+        "aggregation.ramp=2",
+        *f"aggregation={TASKS[kind]}".split(),
+    ]
+    found = {}
+    for mode in ("blind", "clear"):
+        run = launch.run(configured(tmp_path / mode, f"secagg={mode}", *options))
+        found[mode] = outcome(run)
+    assert found["blind"] == found["clear"]
+    steps = found["blind"]["rewards.jsonl"]
+    assert [row["opened"] for row in steps] == [True] * 2
+    assert all(0 <= r <= 1 for row in steps for r in row["rewards"])
+    for split in ("train", "heldout"):
+        after, top = found["blind"]["alignment"][split]["after"], found["blind"]["ceiling"][split]
+        assert after["malformed"] == 0.0
+        assert after["avg"] <= top["avg"] + 1e-6
+        assert after["min"] <= top["min"] + 1e-6
+        assert top["question_min"]["min"] <= top["min"] + 1e-6
+        assert top["pooled"]["avg"] == pytest.approx(
+            top["avg"], abs=1e-5
+        )  # everybody answers everything here
+    assert found["blind"]["share_of_gain"]["train"] is None or found["blind"]["share_of_gain"]["train"] <= 1
 
 
 def rewards(client: Client, body: dict[str, list[str]]) -> np.ndarray:

@@ -109,6 +109,15 @@ def test_a_finished_run_shows_everything(finished: Path) -> None:
         assert expected in page.text
 
 
+def test_answers_that_cannot_be_read_are_counted(tmp_path: Path, make_run: MakeRun, no_figures: None) -> None:
+    run = make_run(tmp_path / "run", steps=1)
+    path = run / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["alignment"]["heldout"]["after"]["malformed"] = 0.0625
+    path.write_text(json.dumps(summary))
+    assert "Unreadable answers – 0.062" in Page(render(run)).text
+
+
 def test_figures_are_images_of_valid_svg_with_the_names_of_the_groups(
     tmp_path: Path, make_run: MakeRun
 ) -> None:

@@ -16,6 +16,7 @@ from appa_secure import records
 from appa_secure.errors import ConfigError, RunError
 from appa_secure.report import render_study, study_markdown
 from appa_secure.report.study import Estimate, load_study, write_results
+from appa_secure.report.study_page import means_heads, means_table
 
 SEEDS = (1, 2, 3)
 SHIFT = {"average": 0.0, "min": 0.02}
@@ -44,6 +45,11 @@ def sweep(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
             summary = json.loads(path.read_text("utf-8"))
             for figures in summary["alignment"]["train"].values():
                 figures["avg"] = 0.8 + 0.01 * seed + SHIFT[kind]
+            ceiling = {"avg": 0.95, "min": 0.91, "min_at_avg": 0.89, "pooled": {"avg": 0.949, "min": 0.88}}
+            summary["ceiling"] = ceiling | {"train": ceiling, "heldout": ceiling}
+            summary["share_of_gain"] = {"train": 0.5 + 0.1 * seed, "heldout": -3.0}
+            summary["gap_closed"] = {"train": {"avg": 0.8, "min": None}, "heldout": {"avg": 0.1, "min": 0.1}}
+            summary["alignment"]["train"]["after"]["malformed"] = 0.003
             path.write_text(json.dumps(summary), encoding="utf-8")
             noted["runs"][name] = {"aggregation": kind, "seed": str(seed)}
             journal = records.Journal(run / records.MEASUREMENT)
@@ -77,6 +83,25 @@ def test_every_figure_is_a_row(sweep: Path) -> None:
     assert set(frame["aggregation.kind"]) == {"average", "min"}
     assert set(frame["privacy.epsilon"]) == {8.0}
     assert not any(name in frame for name in ("output_root", "name"))
+
+
+def test_shares_of_the_attainable_gain_are_columns_on_training_questions(sweep: Path) -> None:
+    """Of every policy's line; a share that is unknown is a dash, and predictors have none."""
+    study = load_study(sweep)
+    heads, lines = means_heads("policy.after"), means_table(study, "policy.after")
+    assert len(lines) == 2
+    for line in lines:
+        cells = dict(zip(heads, line, strict=True))
+        low, high = stats.t.interval(0.95, 2, loc=70, scale=stats.sem([60, 70, 80]))
+        assert cells["Min gain, %"] == f"70.0 [{low:.1f}, {high:.1f}]"
+        assert cells["Avg gap closed, %"] == "80.0 [80.0, 80.0]"
+        assert cells["Min gap closed, %"] == "–"
+        assert cells["unreadable, %"] == "0.3 [0.3, 0.3]"
+    assert "Min gain, %" not in means_heads("predictor.own")
+    assert all(len(line) == len(means_heads("predictor.own")) for line in means_table(study, "predictor.own"))
+    ceilings = study.frame[(study.frame["part"] == "ceiling") & (study.frame["split"] == "train")]
+    assert set(ceilings["metric"]) == {"avg", "min", "min_at_avg", "pooled.avg", "pooled.min"}
+    assert "Min gain: share of what can be gained" in render_study(sweep).read_text("utf-8")
 
 
 def test_intervals_are_students(sweep: Path) -> None:

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from appa_secure.aggregation import BUILT_IN
 from appa_secure.report.run import Run
 from appa_secure.report.words import (
+    RULES,
     SYSTEMS,
     aggregation,
     banner,
@@ -112,3 +114,7 @@ def test_the_rule_is_the_systems_where_it_is_not_an_aggregation() -> None:
     assert aggregation(Run(path=Path(), config={**config, "system": {"kind": "appa"}})).startswith("min: ")
     found = aggregation(Run(path=Path(), config={**config, "system": {"kind": "maxmin"}}))
     assert found == f"maxmin: {SYSTEMS['maxmin']}"
+
+
+def test_every_rule_has_words() -> None:
+    assert set(BUILT_IN) == set(RULES)
