@@ -186,9 +186,8 @@ class PPOTrainer(GRPOTrainer):
         return self._minibatches[self._step % self._parts]
 
     def _group(self, rows: int) -> int:
-        """Completions per prompt if ``rows`` consist of whole prompts that may share one pass, else 1."""
-        shareable = rows % self.num_generations == 0 and not self.args.activation_checkpointing
-        return int(self.num_generations) if shareable else 1
+        """Completions per prompt if ``rows`` consist of whole prompts, else 1."""
+        return int(self.num_generations) if rows % self.num_generations == 0 else 1
 
     # ---- rollouts: sample, score, advantages ---------------------------------------------------------------
 
