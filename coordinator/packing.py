@@ -25,7 +25,9 @@ class Packed:
     source: Tensor  # (R, L) int64: which element of the flattened (B, P + T) batch stands in a slot; 0 on empty slots
     positions: Tensor  # (R, L) int64
     mask: Tensor  # (R, 1, L, L) bool: whether the slot of axis 2 sees that of axis 3; an empty one sees empty ones
-    states: Tensor  # (M,) int64: flat index of the slot that chooses a token, for the M tokens of all completions
+    states: (
+        Tensor  # (M,) int64: flat index of the slot that chooses a token, for the M tokens of all completions
+    )
 
 
 def packable(base: PreTrainedModel) -> bool:
@@ -79,12 +81,16 @@ def pack(attention: Tensor, length: int, group: int) -> Packed:
                 states[b, 1 : 1 + tail] = r * shape[1] + at + np.arange(tail)
                 at += tail
             tree[r, begin:at] = n
-    tree, branch, order = (torch.from_numpy(x).to(attention.device) for x in (tree, branch, np.arange(shape[1])))
+    tree, branch, order = (
+        torch.from_numpy(x).to(attention.device) for x in (tree, branch, np.arange(shape[1]))
+    )
     mask = tree.unsqueeze(2) == tree.unsqueeze(1)
     mask &= (branch.unsqueeze(1) == 0) | (branch.unsqueeze(2) == branch.unsqueeze(1))
     mask &= order.unsqueeze(1) >= order
     chosen = states[kept[:, prompt:]]
-    source, positions, chosen = (torch.from_numpy(x).to(attention.device) for x in (source, positions, chosen))
+    source, positions, chosen = (
+        torch.from_numpy(x).to(attention.device) for x in (source, positions, chosen)
+    )
     return Packed(source, positions, mask.unsqueeze(1), chosen)
 
 

@@ -176,6 +176,11 @@ class PPOTrainer(GRPOTrainer):
             seed=self.args.seed,
         )
 
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        loader.device = None  # Its rows are texts: looking for tensors among them at every update takes long.
+        return loader
+
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
         """The minibatch of this update; new rollouts at each PPO step, reshuffled every epoch."""
         if self._step % self._passes == 0 or not self._batch:

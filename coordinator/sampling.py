@@ -97,7 +97,9 @@ def rollout(
     logps = torch.zeros((count, max_new_tokens), device=device)
     hidden: Tensor | None = None
     ends = torch.tensor(list(eos_ids), device=device)
-    rows = torch.arange(count, device=device).view(-1, width)  # (A, W), the rows with completions that still grow
+    rows = torch.arange(count, device=device).view(
+        -1, width
+    )  # (A, W), the rows with completions that still grow
     growing = torch.ones_like(rows, dtype=torch.bool)
     keep_last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
 
@@ -139,7 +141,9 @@ def rollout(
                 break
             if alive.numel() < rows.size(0):
                 cache.batch_select_indices(alive)
-                rows, growing, token, position, sees = (x[alive] for x in (rows, growing, token, position, sees))
+                rows, growing, token, position, sees = (
+                    x[alive] for x in (rows, growing, token, position, sees)
+                )
             sees = torch.cat([sees, itself.expand(rows.size(0), -1, -1)], dim=2)
             position = position + 1
             out = base(

@@ -74,7 +74,9 @@ def ours(job: SimpleNamespace, turns: Turns) -> None:
     read = []
 
     def reward(completion_ids: Any, prompts: Any, **_: Any) -> list[float]:
-        read[:] = [len(tokenizer(p)["input_ids"]) + len(c) for p, c in zip(prompts, completion_ids, strict=True)]
+        read[:] = [
+            len(tokenizer(p)["input_ids"]) + len(c) for p, c in zip(prompts, completion_ids, strict=True)
+        ]
         return [fixed_reward(ids) for ids in completion_ids]
 
     PPOTrainer(
@@ -157,7 +159,13 @@ class Side:
         command = [sys.executable, "-m", "tests.bench.ppo", "--worker", kind]
         self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            command, cwd=REPO, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log
+            command,
+            cwd=REPO,
+            env=env,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
         )
         self.send(json.dumps(job))
 
@@ -189,7 +197,16 @@ def install_peer() -> str:
     folder = REPO / ".appa_cache" / PEER.replace("==", "-")
     if not (folder / "trl" / "__init__.py").exists():
         print(f"installing {PEER} into {folder}", file=sys.stderr)
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "install", "--no-deps", "--upgrade"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "-q",
+            "install",
+            "--no-deps",
+            "--upgrade",
+        ]
         subprocess.run([*pip, "--target", str(folder), PEER], check=True)
     return str(folder)
 
@@ -223,7 +240,13 @@ def make_policy(overrides: Sequence[str], folder: str) -> dict[str, Any]:
     )  # fmt: skip
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    ppo = {**config.ppo.model_dump(), "lr": LEARNING_RATE, "device": "cpu", "checkpoint_every": 0, "steps": 10**6}
+    ppo = {
+        **config.ppo.model_dump(),
+        "lr": LEARNING_RATE,
+        "device": "cpu",
+        "checkpoint_every": 0,
+        "steps": 10**6,
+    }
     return {"folder": folder, "prompts": prompts, "length": length, "ppo": ppo}
 
 
@@ -288,7 +311,9 @@ def work(kind: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--worker", choices=["ours", "peer"], help=argparse.SUPPRESS)
     parser.add_argument("--reps", type=int, default=10, help="steps of each side that are measured")
     parser.add_argument("--chunk", type=int, default=256, help="local_rollout_forward_batch_size of the peer")
@@ -297,7 +322,12 @@ def main() -> None:
     if args.worker:
         work(args.worker)
         return
-    synthetic = ["experiment=opinionqa_dense", "data=synthetic", "data.questions=380", "data.ordinal_only=true"]
+    synthetic = [
+        "experiment=opinionqa_dense",
+        "data=synthetic",
+        "data.questions=380",
+        "data.ordinal_only=true",
+    ]
     print(measure(args.overrides or [*synthetic, "data.path=null"], args.reps, args.chunk))
 
 
