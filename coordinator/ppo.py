@@ -336,7 +336,8 @@ class PPOTrainer(GRPOTrainer):
         # PPO 2017 eq. 9: L = L_clip - c1 L_value + c2 entropy, as a loss
         policy, clipped = policy_loss(logps, x["old_logps"], x["advantages"], mask, self.epsilon_low)
         value, _ = value_loss(values, x["old_values"], x["returns"], mask, self.args.value_clip)
-        entropy = masked_mean(entropies, mask)
+        # Without a weight the entropy is a metric alone, and its gradient costs as much as that of the log-probs.
+        entropy = masked_mean(entropies if self.args.entropy_coef else entropies.detach(), mask)
         loss = policy + self.args.value_coef * value - self.args.entropy_coef * entropy
 
         measured = torch.stack([policy, value, entropy, clipped]).detach()

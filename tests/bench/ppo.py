@@ -157,16 +157,17 @@ class Side:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
         env |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
         command = [sys.executable, "-m", "tests.bench.ppo", "--worker", kind]
-        self.log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(
-            command,
-            cwd=REPO,
-            env=env,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-        )
+        self.log = Path(tempfile.mkstemp(dir=job["folder"], suffix=".log")[1])
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=REPO,
+                env=env,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
         self.send(json.dumps(job))
 
     def send(self, line: str) -> None:
@@ -179,8 +180,7 @@ class Side:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            self.log.seek(0)
-            raise SystemExit(f"the worker ended: {self.log.read().decode()[-3000:]}")
+            raise SystemExit(f"the worker ended: {self.log.read_text()[-3000:]}")
         wall, processor, tokens = json.loads(line)
         return wall, processor, tokens
 
