@@ -81,17 +81,13 @@ def pack(attention: Tensor, length: int, group: int) -> Packed:
                 states[b, 1 : 1 + tail] = r * shape[1] + at + np.arange(tail)
                 at += tail
             tree[r, begin:at] = n
-    tree, branch, order = (
-        torch.from_numpy(x).to(attention.device) for x in (tree, branch, np.arange(shape[1]))
-    )
-    mask = tree.unsqueeze(2) == tree.unsqueeze(1)
-    mask &= (branch.unsqueeze(1) == 0) | (branch.unsqueeze(2) == branch.unsqueeze(1))
-    mask &= order.unsqueeze(1) >= order
+    order, where = np.arange(shape[1]), attention.device
+    mask = tree[:, :, None] == tree[:, None, :]
+    mask &= (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    mask &= order[:, None] >= order
     chosen = states[kept[:, prompt:]]
-    source, positions, chosen = (
-        torch.from_numpy(x).to(attention.device) for x in (source, positions, chosen)
-    )
-    return Packed(source, positions, mask.unsqueeze(1), chosen)
+    found = (torch.from_numpy(x).to(where) for x in (source, positions, mask[:, None], chosen))
+    return Packed(*found)
 
 
 def _fill(sizes: Any, room: int) -> list[list[int]]:
