@@ -11,7 +11,7 @@ READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench bench-secagg clean
+.PHONY: help demo test lint bench bench-secagg bench-ppo clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ bench: $(READY) ## measure speed
 
 bench-secagg: $(READY) ## measure secure aggregation beside Flower's (options: ARGS='--help')
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.secagg $(ARGS)
+
+bench-ppo: $(READY) ## measure PPO steps beside TRL's last PPOTrainer (options: ARGS='--help')
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.ppo $(ARGS)
 
 clean: ## remove the environment, caches and build products; runs/ and client_state/ stay
 	rm -rf $(VENV) build dist *.egg-info .appa_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

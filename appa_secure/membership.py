@@ -187,9 +187,12 @@ class Scored:
                 os.truncate(path, len(raw))
             rows = np.frombuffer(raw, self._RECORD)
             self._period = {bytes(r["answer"]): int(r["period"]) for r in rows}
+        self._periods = set(self._period.values())
 
     def barred(self, questions: Sequence[str], answers: Sequence[Any], period: int) -> list[int]:
         """Positions of the answers that were summed in another period. answers: as parsed, float64 (K,)."""
+        if self._periods <= {period}:
+            return []
         keys = map(_key, questions, answers)
         return [i for i, key in enumerate(keys) if self._period.get(key, period) != period]
 
@@ -203,6 +206,7 @@ class Scored:
             file.flush()
             os.fsync(file.fileno())
         self._period |= new
+        self._periods.add(period)
 
 
 def _key(question: str, answer: Any) -> bytes:

@@ -14,7 +14,6 @@ ignored. Anything else is malformed: `parse` returns None and never raises, what
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,7 @@ LETTERS = "ABCDEFGHIJ"
 MAX_OPTIONS = len(LETTERS)
 MAX_WEIGHT = 10
 
-_WEIGHT = re.compile(r"0|[1-9][0-9]{0,3}", re.ASCII)
+_WEIGHTS = {str(weight): weight for weight in range(10_000)}
 
 _INSTRUCTIONS = {
     "dpa": (
@@ -90,13 +89,14 @@ def parse(text: str, question: Question, task: str, max_weight: int = MAX_WEIGHT
     count = len(question.options)
     items = text.split()
     if task == "dpa":
-        if len(items) != count or not all(_WEIGHT.fullmatch(item) for item in items):
+        if len(items) != count:
             return None
-        weights = np.array([int(item) for item in items], dtype=np.float64)
-        if weights.max() > max_weight:
+        try:
+            weights = [_WEIGHTS[item] for item in items]
+        except KeyError:
             return None
-        total = weights.sum()
-        return weights / total if total > 0 else None
+        total = sum(weights)
+        return np.array(weights, dtype=np.float64) / total if total and max(weights) <= max_weight else None
     letters = LETTERS[:count]
     if any(len(item) != 1 or item not in letters for item in items):
         return None

@@ -176,6 +176,11 @@ class PPOTrainer(GRPOTrainer):
             seed=self.args.seed,
         )
 
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        loader.device = None  # Its rows are texts: looking for tensors among them at every update takes long.
+        return loader
+
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
         """The minibatch of this update; new rollouts at each PPO step, reshuffled every epoch."""
         if self._step % self._passes == 0 or not self._batch:
@@ -186,9 +191,8 @@ class PPOTrainer(GRPOTrainer):
         return self._minibatches[self._step % self._parts]
 
     def _group(self, rows: int) -> int:
-        """Completions per prompt if ``rows`` consist of whole prompts that may share one pass, else 1."""
-        shareable = rows % self.num_generations == 0 and not self.args.activation_checkpointing
-        return int(self.num_generations) if shareable else 1
+        """Completions per prompt if ``rows`` consist of whole prompts, else 1."""
+        return int(self.num_generations) if rows % self.num_generations == 0 else 1
 
     # ---- rollouts: sample, score, advantages ---------------------------------------------------------------
 
@@ -332,7 +336,8 @@ class PPOTrainer(GRPOTrainer):
         # PPO 2017 eq. 9: L = L_clip - c1 L_value + c2 entropy, as a loss
         policy, clipped = policy_loss(logps, x["old_logps"], x["advantages"], mask, self.epsilon_low)
         value, _ = value_loss(values, x["old_values"], x["returns"], mask, self.args.value_clip)
-        entropy = masked_mean(entropies, mask)
+        # Without a weight the entropy is a metric alone, and its gradient costs as much as that of the log-probs.
+        entropy = masked_mean(entropies if self.args.entropy_coef else entropies.detach(), mask)
         loss = policy + self.args.value_coef * value - self.args.entropy_coef * entropy
 
         measured = torch.stack([policy, value, entropy, clipped]).detach()

@@ -1,9 +1,9 @@
 """Sampling completions from a causal language model: one tight loop with a key/value cache, for PPO and
 evaluation.
 
-Each distinct prompt passes through the model once and its cache is repeated over its completions; a finished
-completion leaves the batch. At the sizes of the built-in policy this is several times faster than
-``generate``.
+Each distinct prompt passes through the model once. Its completions grow side by side in one row, on one copy of the
+prompt's cache, each with a mask that hides the others (`coordinator.packing`); where the model does not allow that, the
+cache is repeated. A row whose completions are finished leaves the batch.
 """
 
 import inspect
@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from appa_secure.language import left_pad
+from coordinator.packing import packable
+
+# At most so many completions share a row. Each step of it computes on the tokens of all, also those hidden from each other.
+_BRANCHES = 8
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,18 @@ def rollout(
     device = base.device
     ids, attention = left_pad(prompts, pad_id, device)  # (B, P)
     count = len(prompts) * n
+    # Completions that share a row and its cache; W of them, in one row for each prompt if they are few.
+    wide = packable(base)
+    width = max(w for w in range(1, min(n, _BRANCHES if wide else 1) + 1) if n % w == 0)
     tokens = torch.full((count, max_new_tokens), pad_id, device=device)
     mask = torch.zeros((count, max_new_tokens), dtype=torch.bool, device=device)
     logps = torch.zeros((count, max_new_tokens), device=device)
     hidden: Tensor | None = None
     ends = torch.tensor(list(eos_ids), device=device)
-    rows = torch.arange(count, device=device)  # the completions still growing, (A,)
+    rows = torch.arange(count, device=device).view(
+        -1, width
+    )  # (A, W), the rows with completions that still grow
+    growing = torch.ones_like(rows, dtype=torch.bool)
     keep_last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
 
     with torch.no_grad(), last_hidden_states(base) as seen:
@@ -103,44 +113,47 @@ def rollout(
             **keep_last,
         )
         cache = out.past_key_values
-        cache.batch_repeat_interleave(n)
-        logits = out.logits[:, -1].repeat_interleave(n, dim=0)  # (A, V)
-        state = seen.pop()[:, -1].repeat_interleave(n, dim=0)  # (A, d)
-        attention = attention.repeat_interleave(n, dim=0)
-        position = positions[:, -1:].repeat_interleave(n, dim=0)  # (A, 1)
+        if n > width:
+            cache.batch_repeat_interleave(n // width)
+        logits = out.logits[:, -1].repeat_interleave(n, dim=0)  # (A W, V)
+        state = seen.pop()[:, -1].repeat_interleave(n, dim=0)  # (A W, d)
+        position = positions[:, -1].repeat_interleave(n).view(-1, width)  # (A, W)
+        # (A, W, S) which slots of the cache a completion sees
+        sees = attention.bool().repeat_interleave(n, dim=0).view(*rows.shape, -1)
+        itself = torch.eye(width, dtype=torch.bool, device=device)
         for t in range(max_new_tokens):
-            logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (A, V)
+            logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (A W, V)
             if temperature == 0:
                 token = logp.argmax(dim=-1)
             else:
-                token = torch.multinomial(logp.exp(), 1, generator=generator).squeeze(1)  # (A,)
-            tokens[rows, t], mask[rows, t] = token, True
-            logps[rows, t] = logp.gather(1, token.unsqueeze(1)).squeeze(1)
+                token = torch.multinomial(logp.exp(), 1, generator=generator).squeeze(1)  # (A W,)
+            now, new = rows[growing], growing.flatten()
+            tokens[now, t], mask[now, t] = token[new], True
+            logps[now, t] = logp.gather(1, token.unsqueeze(1)).squeeze(1)[new]
             if keep_hidden:
                 if hidden is None:
                     hidden = state.new_zeros(count, max_new_tokens, state.size(-1))
-                hidden[rows, t] = state
-            alive = (~torch.isin(token, ends)).nonzero().squeeze(1)
+                hidden[now, t] = state[new]
+            token = token.view(rows.shape)
+            growing = growing & ~torch.isin(token, ends)
+            alive = growing.any(dim=1).nonzero().squeeze(1)
             if t + 1 == max_new_tokens or alive.numel() == 0:
                 break
-            if alive.numel() < rows.numel():
+            if alive.numel() < rows.size(0):
                 cache.batch_select_indices(alive)
-                rows, token, attention, position = (
-                    rows[alive],
-                    token[alive],
-                    attention[alive],
-                    position[alive],
+                rows, growing, token, position, sees = (
+                    x[alive] for x in (rows, growing, token, position, sees)
                 )
-            attention = torch.cat([attention, attention.new_ones(rows.numel(), 1)], dim=1)
+            sees = torch.cat([sees, itself.expand(rows.size(0), -1, -1)], dim=2)
             position = position + 1
             out = base(
-                input_ids=token.unsqueeze(1),
-                attention_mask=attention,
+                input_ids=token,
+                attention_mask=sees.unsqueeze(1) if wide else sees[:, 0].long(),
                 past_key_values=cache,
                 use_cache=True,
                 **_positions(accepts, position),
             )
-            logits, state = out.logits[:, -1], seen.pop()[:, -1]
+            logits, state = out.logits.flatten(0, 1), seen.pop().flatten(0, 1)
     length = int(mask.sum(dim=1).max())
     return Rollout(
         tokens[:, :length],

@@ -15,6 +15,7 @@ from typing import Any
 import cbor2
 
 MAX_DEPTH = 8
+_LEAVES = frozenset({int, bytes, str})
 
 
 class NotCanonical(ValueError):
@@ -30,7 +31,9 @@ def _ordered(value: Any) -> Any:
     """Maps with their keys in the order of their encodings."""
     if isinstance(value, dict):
         return {key: _ordered(value[key]) for key in sorted(value, key=cbor2.dumps)}
-    return [_ordered(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list) and not _LEAVES.issuperset(map(type, value)):
+        return [_ordered(item) for item in value]
+    return value
 
 
 def decode(data: bytes) -> Any:
