@@ -50,7 +50,15 @@ def compose(overrides: list[str]) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"the configuration cannot be composed: {error}") from error
     assert isinstance(tree, dict)
-    tree.pop("sweep", None)  # the study that an experiment declares: for appa_secure.sweep alone
+    study = tree.pop("sweep", None)  # that an experiment declares: for appa_secure.sweep alone
+    if isinstance(study, list) and (
+        others := [name for grid in study for name in grid.get("experiment", ())]
+    ):
+        name = next(o.value() for o in parsed if o.key_or_group == "experiment")
+        raise ConfigError(
+            f"experiment={name}: is a study of several experiments. Fix: appa-secure sweep experiment={name}, or one of "
+            f"them, such as appa-secure run experiment={others[0]}"
+        )
     evaluation, data = tree["evaluation"], tree["data"]
     if evaluation.get("truth") is None:
         # An institution's own answers are measured against only when somebody asks for it.

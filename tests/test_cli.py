@@ -235,8 +235,13 @@ def test_sweep_runs_every_combination_and_compares(call: Call, children: list[li
     assert out.splitlines() == [
         f"runs/both/aggregation-{a}_seed-{s}" for a in ("appa", "average") for s in (1, 2, 3)
     ]
-    assert len(children) == 6
+    predictors = [a for a in children if "until=predictor" in a]
+    assert len(predictors) == 3  # one for both rules of a seed, and before any of them
+    assert children[:3] == predictors
+    assert len(children) == 3 + 6
     found = [cli.load(Path(line) / records.CONFIG) for line in out.splitlines()]
+    names = {cli.load(path).name for path in Path("runs/both").glob("predictor-*/config.resolved.yaml")}
+    assert {c.predictor.origin for c in found} == {f"runs/both/{name}" for name in names}
     assert [(c.aggregation.kind, c.seed) for c in found] == [
         (a, s) for a in ("appa", "average") for s in (1, 2, 3)
     ]  # fmt: skip
