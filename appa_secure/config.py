@@ -9,6 +9,7 @@ option file says only what makes that option different.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -32,6 +33,15 @@ from appa_secure.errors import ConfigError
 GROUPS = (
     "data", "embedder", "predictor", "policy", "privacy", "secagg", "aggregation", "system", "federation", "experiment",
 )  # fmt: skip
+
+
+def shared(path: str) -> str | None:
+    """`path` below the folder that the environment variable APPA_SHARED names; None where it is not set."""
+    root = os.environ.get("APPA_SHARED")
+    return str(Path(root) / path) if root else None
+
+
+OmegaConf.register_new_resolver("shared", shared, replace=True)  # in configs/data
 
 
 def compose(overrides: list[str]) -> Config:
