@@ -85,9 +85,15 @@ def _data(c: Config) -> Iterator[Problem]:
     data = c.data
     if data.kind != "synthetic" and data.path is None:
         yield Problem(
-            "data.path", None, f"data={data.kind} is read from a file",
-            "data.path=<file, folder or hub id>" + ("" if data.kind == "table" else
-            f", or the environment variable APPA_SHARED=<folder that holds data/{data.kind}>"),
+            "data.path",
+            None,
+            f"data={data.kind} is read from a file",
+            "data.path=<file, folder or hub id>"
+            + (
+                ""
+                if data.kind == "table"
+                else f", or the environment variable APPA_SHARED=<folder that holds data/{data.kind}>"
+            ),
         )
     if data.kind == "synthetic" and data.path is not None:
         yield Problem(

@@ -107,6 +107,7 @@ class Client:
             "policy": self._policy,
             "tune": self._tune,
             "truth": self._truth,
+            "weight": self._weight,
         }
 
     def __repr__(self) -> str:
@@ -436,3 +437,6 @@ class Client:
             REPLIES, "truth",
             **{n: json.dumps({q: p.tolist() for q, p in t.items()}).encode() for n, t in tables.items()},
         )  # fmt: skip
+
+    def _weight(self, body: Mapping[str, Any]) -> bytes:
+        return pack(REPLIES, "weight", weight=self._scoring.weight(self.agreement, body["step"]))

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from appa_secure.agreement import Agreement
-from appa_secure.ceilings import ceiling
+from appa_secure.ceilings import ceiling, frontier
 from appa_secure.messages import Message
 from appa_secure.rewards import Scorer, fairness_index
 from appa_secure.secagg.errors import BadEncoding
 from appa_secure.tasks import parse, prompt
+
+_DIALS = (0.0, 0.5, 0.8, 1.0)  # points of the frontier between the best average and the best worst group
 
 Generate = Callable[[list[str], int], list[list[str]]]  # (prompts, samples) -> [prompt][sample] texts
 
@@ -135,9 +137,8 @@ class Evaluator:
         }
 
     def ceilings(self, qids: Sequence[str]) -> dict[str, Any] | None:
-        """Attainable alignment on questions: `avg`, the best average; `min`, the best possible worst group.
-
-        None where it is not known how to compute it.
+        """Attainable alignment on questions: `avg`, the best average; `min`, the best possible worst group; `frontier`,
+        pairs of average and worst group from the one to the other. None where it is not known how to compute it.
         """
         groups = list(self.truth.groups)
         questions = [self.agreement.questions[q] for q in qids]
@@ -147,12 +148,14 @@ class Evaluator:
             table[q.qid] = np.array([self.truth.groups[g].get(q.qid, missing) for g in groups])
         found = ceiling(self.agreement.reward, questions, table)
         average, worst = found["avg"], found["min"]
+        between = frontier(self.agreement.reward, questions, table, _DIALS)
         return {
             "avg": None if average is None else average["avg"],
             "min": None if worst is None else worst["min"],
             "avg_at_min": None if worst is None else worst["avg"],
             "min_at_avg": None if average is None else average["min"],
             "uniform": None if found["uniform"] is None else found["uniform"]["avg"],
+            "frontier": None if between is None else [[one["avg"], one["min"]] for one in between],
         }
 
 

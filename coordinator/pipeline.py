@@ -19,11 +19,13 @@ import numpy as np
 from datasets import Dataset
 from transformers.utils import logging as transformers_logging
 
+from appa_secure.aggregation import declared, shares
 from appa_secure.agreement import Agreement
 from appa_secure.config import Config
 from appa_secure.errors import PrivacyError
 from appa_secure.journal import atomic_write
 from appa_secure.language import lora_config
+from appa_secure.messages import unpack_float
 from appa_secure.origin import Origin
 from appa_secure.progress import Progress
 from appa_secure.records import LEDGER, MEASUREMENT, METRICS, PREDICTOR, Journal, RunDir
@@ -282,11 +284,24 @@ class Pipeline:
                 self.run_dir.measurement.append(
                     {
                         "stamp": NOT_PRIVATE, "step": step, "per_group": found["per_group"], "avg": found["avg"],
-                        "min": found["min"], "fi": found["fairness_index"], "weights": row["weights"],
+                        "min": found["min"], "fi": found["fairness_index"],
+                        "weights": row["weights"] or self._weights(step, row),
                     }
                 )  # fmt: skip
 
         return seen
+
+    def _weights(self, step: int, row: Mapping[str, Any]) -> dict[str, float] | None:
+        """How much each group counted in a step, as the clients of a simulation tell; None where a rule has no weights."""
+        a = self.rounds.agreement
+        if not row["opened"] or a.cohort or all(part.name != "A" for part in declared(a.aggregation)):
+            return None
+        told = ask(self.federation, "weight", a.clients, step=step)
+        used = np.array([unpack_float(told[c].body["weight"], c, "weight") or 0.0 for c in a.clients])
+        counted = dict.fromkeys(sorted(set(a.groups.values())), 0.0)
+        for client, share in zip(a.clients, shares(a.aggregation, used).tolist(), strict=True):
+            counted[a.groups[client]] += share
+        return counted
 
     def _record_step(self, metrics: dict[str, Any], row: dict[str, Any]) -> None:
         """One step to metrics.jsonl and the progress line. row: `result` of the aggregation, and what was malformed."""

@@ -36,23 +36,23 @@ def render_study(root: Path, by: str | None = None) -> Path:
     no run has finished and ConfigError for a field that does not vary.
     """
     study = load_study(root)
-    pairs = study.pairs(by)
+    study.pairs(by)  # refuses a field that does not vary
     write_results(study, root / RESULTS)
-    drawings = study_plots.drawings(study)
     (root / FIGURES).mkdir(exist_ok=True)
-    for drawing in drawings:
-        atomic_write(root / FIGURES / f"{drawing.name}.png", drawing.png)
+    panels = []
+    for number, (title, panel) in enumerate(found := study.panels(), 1):
+        drawings = study_plots.drawings(panel)
+        for drawing in drawings:
+            name = drawing.name if len(found) == 1 else f"{number}_{drawing.name}"
+            atomic_write(root / FIGURES / f"{name}.png", drawing.png)
+        figures = [(drawing.caption, figure(drawing.svg, drawing.caption)) for drawing in drawings]
+        panels.append((title, _parts(panel, by), speed_table(panel, _pairs(panel, by)), figures))
     page = environment.get_template("study.html").render(
         name=root.resolve().name,
         speed_title=SPEED,
         runs=len(study.runs),
-        parts=[
-            (PARTS[part], means_table(study, part), differences_table(study, part, pairs))
-            for part in study.parts()
-        ],
+        panels=panels,
         heads=(means_heads(), DIFFERENCE_HEADS, SPEED_HEADS),
-        speed=speed_table(study, pairs),
-        figures=[(drawing.caption, figure(drawing.svg, drawing.caption)) for drawing in drawings],
         missing=study.missing,
         choice=choice_note([Row(name, run) for name, run in study.runs.items()]),
         not_private=any(banner(run) for run in study.runs.values()),
@@ -65,30 +65,53 @@ def render_study(root: Path, by: str | None = None) -> Path:
 def study_markdown(root: Path, by: str | None = None) -> str:
     """The same tables for a document."""
     study = load_study(root)
-    pairs, blocks = study.pairs(by), []
-    for part in study.parts():
-        blocks.append(f"{PARTS[part]}:\n")
-        blocks.append(markdown(means_heads(), means_table(study, part)))
-        differences = differences_table(study, part, pairs)
-        if differences:
-            blocks.append("Paired differences over the same seeds:\n")
-            blocks.append(markdown(DIFFERENCE_HEADS, differences))
-    if speed := speed_table(study, pairs):
-        blocks.append(f"{SPEED}:\n")
-        blocks.append(markdown(SPEED_HEADS, speed))
+    study.pairs(by)
+    blocks = []
+    for title, panel in study.panels():
+        blocks += [f"### {title}\n"] if title else []
+        for name, means, differences in _parts(panel, by):
+            blocks.append(f"{name}:\n")
+            blocks.append(markdown(means_heads(), means))
+            if differences:
+                blocks.append("Paired differences over the same seeds:\n")
+                blocks.append(markdown(DIFFERENCE_HEADS, differences))
+        if speed := speed_table(panel, _pairs(panel, by)):
+            blocks.append(f"{SPEED}:\n")
+            blocks.append(markdown(SPEED_HEADS, speed))
     if study.missing:
         blocks.append(f"Not finished: {', '.join(study.missing)}\n")
     return "\n".join(blocks) + choice_note([Row(name, run) for name, run in study.runs.items()])
 
 
+def _pairs(panel: Study, by: str | None) -> list[tuple[str, str]]:
+    """Within one panel a field may not vary, or be what sets the panels apart."""
+    return panel.pairs(by if by in panel.fields else None)
+
+
+def _parts(panel: Study, by: str | None) -> list[tuple[str, list[list[str]], list[list[str]]]]:
+    """(title, means, differences) of every part that was measured."""
+    pairs = _pairs(panel, by)
+    return [
+        (PARTS[part], means_table(panel, part), differences_table(panel, part, pairs))
+        for part in panel.parts()
+    ]
+
+
 def means_heads() -> list[str]:
     """Heads of `means_table`."""
-    return ["", "seeds", *(f"{split} {name}" for split in SPLITS.values() for name in METRICS.values()), "ε"]
+    return [
+        "",
+        "seeds",
+        *(f"{split} {name}" for split in SPLITS.values() for name in METRICS.values()),
+        "gain",
+        "ε",
+    ]
 
 
 def means_table(study: Study, part: str) -> list[list[str]]:
-    """A line per condition: mean over seeds and 95 % interval of Avg, Min and FI on training and held-out questions."""
-    lines = []
+    """A line per condition: mean over seeds and 95 % interval of Avg, Min and FI on training and held-out questions, and
+    the share of the attainable gain of the worst group (training); for policies also what is attainable."""
+    lines, aligned = [], part == "policy.after"
     for condition in study.conditions:
         found = [study.estimate(condition, part, split, metric) for split in SPLITS for metric in METRICS]
         if all(one is None for one in found):
@@ -97,11 +120,35 @@ def means_table(study: Study, part: str) -> list[list[str]]:
         texts = [
             _estimate(one, _DIGITS[metric]) for one, metric in zip(found, list(METRICS) * 2, strict=True)
         ]
-        lines.append([condition, str(seeds), *texts, _epsilon(study, condition)])
+        gain = _percent(study.estimate(condition, "run", "train", "share_of_gain")) if aligned else "–"
+        lines.append([condition, str(seeds), *texts, gain, _epsilon(study, condition)])
+    return [*lines, *_attainable(study)] if aligned else lines
+
+
+def _attainable(study: Study) -> list[list[str]]:
+    """What any policy can reach, means over the runs: at the best average, and at the best worst group."""
+    f = study.frame[study.frame["part"] == "ceiling"]
+    means = f.groupby(["split", "metric"])["value"].mean()
+    lines = []
+    for name, metrics in (
+        ("best average", ("avg", "min_at_avg")),
+        ("best worst group", ("avg_at_min", "min")),
+    ):
+        found = [means.get((split, metric)) for split in SPLITS for metric in metrics]
+        texts = ["–" if value is None else f"{value:.4f}" for value in found]
+        if any(value is not None for value in found):
+            lines.append([f"attainable: {name}", "–", *texts[:2], "–", *texts[2:], "–", "–", "–"])
     return lines
 
 
-DIFFERENCE_HEADS = ["", "questions", "figure", "seeds", "difference", "in %", "p"]
+def _percent(e: Estimate | None) -> str:
+    if e is None:
+        return "–"
+    text = f"{100 * e.mean:.0f} %"
+    return text if e.low is None or e.high is None else f"{text} [{100 * e.low:.0f}, {100 * e.high:.0f}]"
+
+
+DIFFERENCE_HEADS = ["", "questions", "figure", "seeds", "difference", "bootstrap", "in %", "p"]
 
 
 def differences_table(study: Study, part: str, pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
@@ -140,7 +187,8 @@ def speed_table(study: Study, pairs: Sequence[tuple[str, str]]) -> list[list[str
 
 def _difference(d: Difference) -> list[str]:
     p = "–" if d.p is None else "< .001" if d.p < 0.001 else f"{d.p:.3f}"
-    return [str(d.absolute.n), _estimate(d.absolute, 4, "+"), _estimate(d.percent, 2, "+"), p]
+    b = "–" if d.bootstrap is None else f"{d.bootstrap[0]:+.4f} to {d.bootstrap[1]:+.4f}"
+    return [str(d.absolute.n), _estimate(d.absolute, 4, "+"), b, _estimate(d.percent, 2, "+"), p]
 
 
 def _estimate(e: Estimate | None, digits: int, sign: str = "") -> str:
