@@ -22,7 +22,7 @@ _DPI = 200
 _MARKS = ("o", "s", "^", "D")  # a second sign beside colour, as in `plots.DASHES`
 _HATCHES = ("", "///", "...")
 _SPOKEN = {"min": "worst-off group", "avg": "average group"}
-_COLUMNS = 3  # axes in a row
+_COLUMNS = 2  # axes in a row
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,13 @@ def _groups(study: Study, part: str, split: str, name: str) -> Drawing:
                 at, [e.mean for e in found], thick, xerr=[_reach(e) for e in found], color=LINES[index % len(LINES)],
                 hatch=_HATCHES[index // len(LINES) % len(_HATCHES)], edgecolor="white", linewidth=0.3,
                 error_kw={"linewidth": 0.7},
-                label=shorten(other if len({a for a, _ in pairs}) == 1 else f"{other} − {reference}", 40),
+                label=shorten(other, 40),
             )  # fmt: skip
         axes.axvline(0, color=MUTED, linewidth=1)
         axes.set_yticks(range(len(groups)), [shorten(group) for group in groups])
         axes.invert_yaxis()
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel(f"alignment of the group, {name} questions, minus that under {_the(pairs)}")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xlabel("difference in alignment")
 
     height = max(3.6, 0.8 + 0.11 * len(groups) * max(len(pairs), 3), 0.6 + 0.2 * len(pairs))
     caption = f"What each group gains or loses against {_the(pairs)}, {name} questions: means and 95 % intervals over seeds"
@@ -249,7 +249,7 @@ def _weights(study: Study) -> list[Drawing]:
                 axes.plot(
                     at, mean, dash, color=LINES[index % len(LINES)], linewidth=1.3, label=shorten(group, 18)
                 )
-            axes.set_title(shorten(condition, 28), loc="left", fontsize=9, color=MUTED)
+            axes.set_title(shorten(condition, 30), loc="left", fontsize=8, color=MUTED)
             axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
             axes.label_outer()
         figure.supxlabel("training step", fontsize=10)
