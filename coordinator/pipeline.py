@@ -294,7 +294,12 @@ class Pipeline:
     def _weights(self, step: int, row: Mapping[str, Any]) -> dict[str, float] | None:
         """How much each group counted in a step, as the clients of a simulation tell; None where a rule has no weights."""
         a = self.rounds.agreement
-        if not row["opened"] or a.cohort or all(part.name != "A" for part in declared(a.aggregation)):
+        if (
+            a.system.kind != "appa"
+            or not row["opened"]
+            or a.cohort
+            or all(part.name != "A" for part in declared(a.aggregation))
+        ):
             return None
         told = ask(self.federation, "weight", a.clients, step=step)
         used = np.array([unpack_float(told[c].body["weight"], c, "weight") or 0.0 for c in a.clients])
