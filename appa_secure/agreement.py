@@ -69,6 +69,7 @@ class Agreement:
     version: int = 0  # of the membership in force; not digested, as a run is founded once
     period: int = 0  # see `appa_secure.membership`
     output: OutputPlan | None = None  # noise on the reward sums
+    origin: str = ""  # digest of the finished predictor that the run starts from (`appa_secure.origin`)
     secure_rng: bool = field(default=False, compare=False)
     truth: bool = field(default=False, compare=False)
 
@@ -221,6 +222,7 @@ class Agreement:
                     "embedder": self.embedder,
                     "answers": [self.max_weight, self.true_rewards],
                     "system": asdict(self.system),
+                    "origin": self.origin,
                 }
             )
         ).digest()  # fmt: skip
@@ -281,8 +283,9 @@ def make_agreement(
     directory: Directory,
     embedding_size: int,
     embedder: str,
+    origin: str = "",
 ) -> Agreement:
-    """The agreement of a configured run. groups: client id -> group."""
+    """The agreement of a configured run. groups: client id -> group. origin: `Origin.digest` of another run."""
     s, p = config.secagg, config.privacy
     release = s.release if s.release != "auto" else ("recover" if s.mode == "cohort" else "abort")
     agreement = Agreement(
@@ -308,6 +311,7 @@ def make_agreement(
         max_weight=config.task.max_weight,
         true_rewards=config.predictor.kind == "truth",
         system=make_system(config),
+        origin=origin,
         secure_rng=p.secure_rng,
         truth=config.evaluation.truth,
     )  # fmt: skip

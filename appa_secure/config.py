@@ -9,6 +9,7 @@ option file says only what makes that option different.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -35,6 +36,15 @@ GROUPS = (
 )  # fmt: skip
 
 
+def shared(path: str) -> str | None:
+    """`path` below the folder that the environment variable APPA_SHARED names; None where it is not set."""
+    root = os.environ.get("APPA_SHARED")
+    return str(Path(root) / path) if root else None
+
+
+OmegaConf.register_new_resolver("shared", shared, replace=True)  # in configs/data
+
+
 def compose(overrides: list[str]) -> Config:
     """The configuration of `appa-secure run OVERRIDES...`, checked.
 
@@ -51,7 +61,15 @@ def compose(overrides: list[str]) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"the configuration cannot be composed: {error}") from error
     assert isinstance(tree, dict)
-    tree.pop("sweep", None)  # the study that an experiment declares: for appa_secure.sweep alone
+    study = tree.pop("sweep", None)  # that an experiment declares: for appa_secure.sweep alone
+    if isinstance(study, list) and (
+        others := [name for grid in study for name in grid.get("experiment", ())]
+    ):
+        name = next(o.value() for o in parsed if o.key_or_group == "experiment")
+        raise ConfigError(
+            f"experiment={name}: is a study of several experiments. Fix: appa-secure sweep experiment={name}, or one of "
+            f"them, such as appa-secure run experiment={others[0]}"
+        )
     evaluation, data, task = tree["evaluation"], tree["data"], tree["task"]
     if task.get("format_penalty") is None:
         task["format_penalty"] = FORMAT_PENALTY.get(task.get("reward"))

@@ -51,7 +51,7 @@ def as_yaml(value: object) -> str:
 def problems(config: Config) -> list[Problem]:
     """Impossible combinations, in the order of the sections."""
     rules = (
-        _task, _data, _shapes, _centralised, _privacy, _secagg, _output_noise, _aggregation, _system, _ppo, _evaluation,
+        _task, _data, _shapes, _centralised, _origin, _privacy, _secagg, _output_noise, _aggregation, _system, _ppo, _evaluation,
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
@@ -85,7 +85,15 @@ def _data(c: Config) -> Iterator[Problem]:
     data = c.data
     if data.kind != "synthetic" and data.path is None:
         yield Problem(
-            "data.path", None, f"data={data.kind} is read from a file", "data.path=<file, folder or hub id>"
+            "data.path",
+            None,
+            f"data={data.kind} is read from a file",
+            "data.path=<file, folder or hub id>"
+            + (
+                ""
+                if data.kind == "table"
+                else f", or the environment variable APPA_SHARED=<folder that holds data/{data.kind}>"
+            ),
         )
     if data.kind == "synthetic" and data.path is not None:
         yield Problem(
@@ -164,6 +172,26 @@ def _centralised(c: Config) -> Iterator[Problem]:
             "predictor.local_steps", c.predictor.local_steps,
             f"predictor.training={training} takes one step per round", "predictor.local_steps=1",
         )  # fmt: skip
+
+
+def _origin(c: Config) -> Iterator[Problem]:
+    """Several runs on one predictor sum the same predictions in several ways, which can be solved for a single group's."""
+    wrong = (
+        (c.predictor.kind != "gpo", "predictor=truth trains none", "predictor=gpo"),
+        (c.until == "predictor", "there is nothing left to do with until=predictor", "until=align"),
+        (
+            not c.evaluation.truth,
+            "runs that share a predictor show their coordinator several sums of the same predictions, which can be solved "
+            "for one group's; that is for simulations that measure against the truth anyway", "evaluation.truth=true",
+        ),
+        (
+            c.secagg.output_epsilon is not None, "output noise promises that a run shows little about one client, and "
+            "says nothing about several runs on the same predictions", "secagg.output_epsilon=null",
+        ),
+    )  # fmt: skip
+    for found, why, fix in wrong:
+        if found and c.predictor.origin is not None:
+            yield Problem("predictor.origin", c.predictor.origin, why, f"{fix}, or predictor.origin=null")
 
 
 def _privacy(c: Config) -> Iterator[Problem]:

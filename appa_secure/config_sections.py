@@ -105,6 +105,9 @@ class PredictorConfig(Section):
     training: Literal["federated", "pooled", "one_group"] = _about(
         "federated", "pooled, one_group: a trusted party trains on all groups, or one per round"
     )
+    origin: Text | None = _about(
+        None, "finished run with until=predictor whose predictor is used; set by sweeps"
+    )
 
 
 class LoraConfig(Section):
@@ -125,6 +128,7 @@ class PolicyConfig(Section):
     vocab_size: int = _about(2000, "tiny: size of the word-level vocabulary", ge=64)
     warmup_steps: int = _about(300, "steps on public text that teach the answer format", ge=0)
     warmup_lr: Positive = _about(2e-3, "learning rate of the warm-up")
+    cache_dir: Text | None = _about(None, "where warmed-up policies are kept by content hash; sweeps set it")
     lora: LoraConfig | None = _about(None, "low-rank adapter; null trains all weights")
     spread: Positive = _about(0.05, "tabular, dpa: noise of answers at the start, in probability")
     step_size: Positive = _about(0.1, "tabular: learning rate at the start; falls to a 25th")

@@ -28,6 +28,7 @@ from appa_secure.embedder import build_embedder, embed_points
 from appa_secure.errors import ConfigError
 from appa_secure.journal import atomic_write
 from appa_secure.membership import FILE, Membership, membership_of, next_membership, renewed
+from appa_secure.origin import Origin, read_origin
 from appa_secure.privacy.output import std_of_mean
 from appa_secure.progress import Progress
 from appa_secure.records import CONFIG, RunDir
@@ -49,6 +50,7 @@ class Parts:
     embeddings: Mapping[str, np.ndarray]
     client_root: Path
     seeds: Mapping[str, bytes]
+    origin: Origin | None
 
     def client(self, client_id: str) -> Client:
         """The client with its store; state of an earlier process is picked up from there."""
@@ -56,14 +58,17 @@ class Parts:
         from clients.client import Client
         from clients.store import ClientStore
 
-        secret = self.seeds[client_id]
+        secret, store = self.seeds[client_id], ClientStore(self.site(client_id))
+        if (o := self.origin) is not None:
+            there = ClientStore(_client_root(o.config, o.root, o.run) / _folder(client_id))
+            store.adopt(there, o.run, o.parameters, self.agreement.questions)
         kind = Client if self.agreement.plan.training == "federated" else CentralClient
         return kind(
             client_id,
             self.holdings[client_id],
             self.agreement,
             self.embeddings,
-            ClientStore(self.site(client_id)),
+            store,
             _identity(secret),
             noise_key=_noise_key(secret) if self.noise_from_seed else None,
         )
@@ -115,12 +120,13 @@ def align(
 
     Pipeline(
         config, parts.agreement, parts.heldout, federation, directory, progress, parts.nominal,  # type: ignore[arg-type]
-        parts.embeddings, curator,
+        parts.embeddings, curator, parts.origin,
     ).run()  # fmt: skip
 
 
 def prepare(config: Config, root: Path, progress: Progress | None = None) -> Parts:
     """Load the survey, split it, embed its public texts, and derive what all parties agree on."""
+    origin = read_origin(config)
     survey = surveys.load(config.data, config.seed)
     for reason, count in survey.dropped.items():
         if progress is not None:
@@ -150,7 +156,7 @@ def prepare(config: Config, root: Path, progress: Progress | None = None) -> Par
     directory = Directory({c: _identity(seed).public_bytes() for c, seed in seeds.items()})
     agreement = make_agreement(
         config, run_id, survey.questions, split, groups, directory, next(iter(embeddings.values())).shape[1],
-        config.embedder.kind,
+        config.embedder.kind, "" if origin is None else origin.digest,
     )  # fmt: skip
     if progress is not None and agreement.output is not None:
         layout = agreement.reward_layout(config.ppo.prompts_per_step * config.ppo.generations)
@@ -165,8 +171,9 @@ def prepare(config: Config, root: Path, progress: Progress | None = None) -> Par
         nominal=any(group.nominal for group in survey.groups),
         holdings=holdings,
         embeddings=embeddings,
-        client_root=Path(config.federation.client_root) / f"{root.name}-{run_id[:8]}",
+        client_root=_client_root(config, root, run_id),
         seeds=seeds,
+        origin=origin,
     )
 
 
@@ -266,6 +273,11 @@ def _identity(secret: bytes) -> IdentityKey:
 
 def _noise_key(secret: bytes) -> bytes:
     return hashlib.sha256(b"noise" + secret).digest()
+
+
+def _client_root(config: Config, root: Path, run_id: str) -> Path:
+    """Folder of the clients' stores of the run with directory `root`."""
+    return Path(config.federation.client_root) / f"{root.name}-{run_id[:8]}"
 
 
 def _folder(client_id: str) -> str:

@@ -14,6 +14,7 @@ score    rollouts, round request (`paper`: and Z)  masked reward vector (in clea
 policy   warmed-up policy and its tokenizer         -
 tune     model parameters, rollouts, round request  masked update of a policy or reward model, and scalars beside it
 truth    parameters to predict with, or none       true and predicted distributions; only where a site set evaluation.truth
+weight   step                                      the weight used in it; only where a site set evaluation.truth
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ REQUESTS: dict[str, dict[str, str]] = {
         "questions": "[text]", "answers": "[text]",
     },
     "truth": {"parameters": "bytes"},
+    "weight": {"step": "uint"},
 }  # fmt: skip
 REPLIES: dict[str, dict[str, str]] = {
     "setup": {},
@@ -61,6 +63,7 @@ REPLIES: dict[str, dict[str, str]] = {
     "policy": {},
     "tune": {"message": "bytes"},
     "truth": {"distributions": "bytes", "predictions": "bytes"},
+    "weight": {"weight": "bytes"},
     "refusal": {"code": "text", "reason": "text"},
 }
 

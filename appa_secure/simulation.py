@@ -177,6 +177,10 @@ def _configured(context: Context) -> tuple[Path, Config, Path]:
             f"run-config {_CONFIG_KEY}={str(path)!r}: give the absolute path of a resolved configuration"
         )
     config = load(path)
+    if config.predictor.origin is not None:
+        raise ConfigError(
+            f"{path}: predictor.origin needs all clients' stores on one machine. Fix: predictor.origin=null"
+        )
     if config.name is None:
         raise ConfigError(f"{path}: name is null: set one, so that all nodes speak of the same run")
     return path, config, Path(config.output_root).absolute() / config.name

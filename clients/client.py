@@ -73,15 +73,17 @@ class Client:
         self.client_id, self._data, self._founding = client_id, data, agreement
         self._embeddings, self._store, self._identity, self._rng = dict(embeddings), store, identity, rng
         self._state = store.load()
-        if not self._state:
-            self._state = {
-                "noise_key": noise_key if noise_key is not None else rng(32),
+        if "noise_key" not in self._state:
+            # New, or handed over by `ClientStore.adopt`: then with a context and predictions, and all else its own.
+            fresh: dict[str, Any] = {
                 "machines": {},
                 "answered": {},
                 "history": {},
                 "context": {},
                 "vector": {},
             }
+            key = noise_key if noise_key is not None else rng(32)
+            self._state = {**fresh, "noise_key": key, **self._state}
         # What this site's operator changed since the run was founded, as far as it has come into force.
         stored = self._state.get("membership")
         self.agreement = renewed(agreement, Membership.decode(stored)) if stored else agreement
@@ -105,6 +107,7 @@ class Client:
             "policy": self._policy,
             "tune": self._tune,
             "truth": self._truth,
+            "weight": self._weight,
         }
 
     def __repr__(self) -> str:
@@ -170,6 +173,11 @@ class Client:
             )
         rows: list[dict[str, Any]] = []
         if not self._state["context"]:
+            if a.origin:
+                # The ledger holds the origin's release, by the same name: a second one would seem paid for.
+                raise Refusal(
+                    "OutOfOrder", "the agreed run starts from another one's context, and there is none"
+                )
             if plan.private:
                 assert self._ledger is not None
                 name, std, event = a.histogram_release
@@ -344,6 +352,7 @@ class Client:
         if self._state["history"]:
             raise Refusal("OutOfOrder", "alignment has begun; the predictor cannot change any more")
         self._state["predicted"] = {q: p.tobytes() for q, p in self._predictions(vector, "freeze").items()}
+        self._state["frozen"] = hashlib.sha256(body["parameters"]).hexdigest()
         self._state["vector"] = {}
         for kind in ("train", "truth"):  # their answers are out of date
             self._state["answered"].pop(kind, None)
@@ -428,3 +437,6 @@ class Client:
             REPLIES, "truth",
             **{n: json.dumps({q: p.tolist() for q, p in t.items()}).encode() for n, t in tables.items()},
         )  # fmt: skip
+
+    def _weight(self, body: Mapping[str, Any]) -> bytes:
+        return pack(REPLIES, "weight", weight=self._scoring.weight(self.agreement, body["step"]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from appa_secure.aggregation import contribution
+from appa_secure.aggregation import contribution, used_weight
 from appa_secure.agreement import Agreement
 from appa_secure.data import GroupData
 from appa_secure.membership import Scored
@@ -102,7 +102,19 @@ class Scoring:
         except ValueError as error:
             raise RemoteMisbehaviour(COORDINATOR, f"score: {error}") from None
         self._state["history"].update(pending=pack_float(h), pending_step=step)
+        if a.truth:
+            used = used_weight(a.aggregation, rewards, history, z, len(a.clients), opened + 1)
+            self._state["history"]["weight"] = pack_float(used)
         return vector
+
+    def weight(self, a: Agreement, step: int) -> bytes:
+        """The weight used at `step`, the last that was scored; for measuring a simulation."""
+        h = self._state["history"]
+        if not a.truth:
+            raise Refusal("NotAllowed", "evaluation.truth is off at this site: its weight never leaves it")
+        if h.get("pending_step") != step or "weight" not in h:
+            raise Refusal("OutOfOrder", f"step {step} is not the one that was scored last")
+        return bytes(h["weight"])
 
     def committed(self, a: Agreement, step: int, opened: int) -> tuple[float | None, int]:
         """This group's history before `step`, and how many steps are in it since the period began.

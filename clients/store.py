@@ -7,7 +7,7 @@ leaves the client; a client killed at any instant therefore never answers one ro
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,26 @@ class ClientStore:
         if not isinstance(state, dict):
             raise RunError(f"{self.root.name}/state.cbor is not a client state: restore it from a copy")
         return state
+
+    def adopt(self, origin: ClientStore, run: str, parameters: str, questions: Collection[str]) -> None:
+        """Start from what this client kept of another run's predictor: private context, predictions and ledger.
+
+        An act of the site's operator, before the client of the new run first answers; later calls change nothing.
+        run: id of the other run; parameters: SHA-256 of its predictor, hex; questions: ids of the survey. The
+        ledger comes first, so that a kill in between leaves no release that is not accounted for. Raises RunError where
+        the other store holds something else.
+        """
+        if self._path.exists():
+            return
+        state = origin.load()
+        whole = state.get("run") == run and state.get("frozen") == parameters
+        if not whole or set(state["predicted"]) != set(questions):
+            raise RunError(
+                f"{origin.root} does not hold this client's part of run {run}: repeat that run under another name"
+            )
+        if origin.ledger_path.exists():
+            atomic_write(self.ledger_path, origin.ledger_path.read_bytes())
+        self.save({k: state[k] for k in ("context", "per_question", "predicted", "frozen") if k in state})
 
     def membership(self) -> bytes | None:
         """What this site's operator says of who takes part from the next epoch on; None before any change."""

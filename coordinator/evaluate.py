@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from appa_secure.agreement import Agreement
-from appa_secure.ceilings import ceiling
+from appa_secure.ceilings import ceiling, frontier
 from appa_secure.messages import Message
 from appa_secure.rewards import Scorer, fairness_index
 from appa_secure.secagg.errors import BadEncoding
 from appa_secure.tasks import parse, prompt
+
+_DIALS = (0.0, 0.5, 0.8, 1.0)  # points of the frontier between the best average and the best worst group
 
 Generate = Callable[[list[str], int], list[list[str]]]  # (prompts, samples) -> [prompt][sample] texts
 
@@ -137,7 +139,7 @@ class Evaluator:
     def ceilings(self, qids: Sequence[str]) -> dict[str, Any]:
         """Attainable alignment on questions: `avg`, the best average; `min`, the best possible worst group; the other
         score at each; `uniform`, the average of uniform answers; (avg, min) of the objectives `pooled` and
-        `question_min` (`appa_secure.ceilings`)."""
+        `question_min` (`appa_secure.ceilings`); `frontier`, pairs of average and worst group from best to best."""
         groups = list(self.truth.groups)
         questions = [self.agreement.questions[q] for q in qids]
         table = {}
@@ -146,6 +148,7 @@ class Evaluator:
             table[q.qid] = np.array([self.truth.groups[g].get(q.qid, missing) for g in groups])
         found = ceiling(self.agreement.reward, questions, table)
         average, worst = found["avg"], found["min"]
+        between = frontier(self.agreement.reward, questions, table, _DIALS)
         return {
             "avg": average["avg"],
             "min": worst["min"],
@@ -156,6 +159,7 @@ class Evaluator:
                 name: {"avg": found[name]["avg"], "min": found[name]["min"]}
                 for name in ("pooled", "question_min")
             },
+            "frontier": [[one["avg"], one["min"]] for one in between],
         }
 
 

@@ -10,37 +10,37 @@ not: randomness is a function of the seed and the position, sums are exact, and 
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers.utils import logging as transformers_logging
 
+from appa_secure.aggregation import declared, shares
 from appa_secure.agreement import Agreement
 from appa_secure.config import Config
-from appa_secure.data import Question
 from appa_secure.errors import PrivacyError
 from appa_secure.journal import atomic_write
 from appa_secure.language import lora_config
+from appa_secure.messages import unpack_float
+from appa_secure.origin import Origin
 from appa_secure.progress import Progress
-from appa_secure.records import Journal, RunDir
-from appa_secure.tasks import completion_length, parse, prompt, random_answer
+from appa_secure.records import LEDGER, MEASUREMENT, METRICS, PREDICTOR, Journal, RunDir
+from appa_secure.tasks import completion_length, prompt
 from coordinator import tabular
 from coordinator.evaluate import Evaluator, Truth
 from coordinator.maxmin import MaxMinReward, drawer, learn_mixture
-from coordinator.policies import build_policy, warm_up
 from coordinator.ppo import PPOTrainer, latest_checkpoint, make_config
-from coordinator.predictor import Sums, record_ledger, train_predictor
+from coordinator.predictor import Sums, copy_rows, record_ledger, train_predictor
 from coordinator.reward import FederatedReward, StepReward
 from coordinator.rounds import Federation, Rounds, ask
 from coordinator.sampling import sample
 from coordinator.summary import summarise
 from coordinator.tuning import tune_policy
+from coordinator.warmup import warm_policy
 
 PRIVATE, NOT_PRIVATE = "private", "not private"
 STAMP = "STAMP"
@@ -53,12 +53,14 @@ class Pipeline:
     def __init__(
         self, config: Config, agreement: Agreement, heldout: tuple[str, ...], federation: Federation, run: RunDir,
         progress: Progress, nominal: bool, embeddings: Mapping[str, np.ndarray], curator: Sums | None = None,
+        origin: Origin | None = None,
     ) -> None:  # fmt: skip
-        """embeddings: question -> (K, E) of its options, public."""
+        """embeddings: question -> (K, E) of its options, public. origin: the run whose predictor this one starts from."""
         self.config, self.agreement, self.heldout = config, agreement, heldout
         self.federation, self.run_dir, self.progress, self.nominal = federation, run, progress, nominal
         self.rounds = Rounds(agreement, federation, run)
         self.train, self.embeddings = agreement.plan.train, embeddings
+        self.origin = origin
         self.curator = curator  # trains the predictor in the clients' place, in a simulation
         self._evaluator: Evaluator | None = None
         apart = not agreement.clear and config.predictor.training == "federated"
@@ -95,16 +97,19 @@ class Pipeline:
     def _setup(self) -> dict[str, Any]:
         agreement = self.agreement
         if not len(self.run_dir.transcript):
-            training = {} if self.curator is None else {"training": agreement.plan.training}
-            self.run_dir.transcript.run(
-                agreement.plan.run, agreement.digest().hex(), mode=agreement.mode, **training
-            )
+            facts: dict[str, Any] = {"mode": agreement.mode}
+            facts |= {} if self.curator is None else {"training": agreement.plan.training}
+            facts |= {} if self.origin is None else {"origin": self.origin.facts}
+            self.run_dir.transcript.run(agreement.plan.run, agreement.digest().hex(), **facts)
         ask(self.federation, "setup", run=agreement.plan.run, agreement=agreement.digest())
         return {}
 
     def _context(self) -> dict[str, Any]:
         if self.agreement.true_rewards:
             return {}  # no predictor, so nothing to describe a group to
+        if self.origin is not None:
+            copy_rows(self.origin.root / LEDGER, self.run_dir.ledger, ("client", "release"))
+            return {}
         for client, reply in ask(self.federation, "context").items():
             record_ledger(self.run_dir.ledger, client, reply.body["ledger"])
         return {}
@@ -112,6 +117,8 @@ class Pipeline:
     def _predictor(self) -> dict[str, Any]:
         if self.agreement.true_rewards:
             return {}
+        if self.origin is not None:
+            return self._predictor_of(self.origin)
         total = self.agreement.plan.rounds
         known = {row.get("round") for row in self.run_dir.metrics}
 
@@ -128,10 +135,23 @@ class Pipeline:
         )  # fmt: skip
         self.rounds.close()
         ask(self.federation, "freeze", parameters=theta.astype("<f4").tobytes())
-        np.save(self.run_dir.path("predictor") / "parameters.npy", theta)
-        self._stamp_folder("predictor")
+        self._keep_predictor(theta)
         if not self.config.evaluation.truth:
             return {}
+        return {"alignment": self._predicted(self._measuring())}
+
+    def _keep_predictor(self, theta: np.ndarray) -> None:
+        folder = self.run_dir.path("predictor")
+        folder.mkdir(exist_ok=True)
+        np.save(folder / "parameters.npy", theta)
+        self._stamp_folder("predictor")
+
+    def _predictor_of(self, origin: Origin) -> dict[str, Any]:
+        """Take over what another run ended with: its rows, parameters and measurement."""
+        copy_rows(origin.root / METRICS, self.run_dir.metrics, ("round",))
+        copy_rows(origin.root / MEASUREMENT, self.run_dir.measurement, ("round",))
+        self._keep_predictor(np.load(origin.root / PREDICTOR / "parameters.npy"))
+        self.progress.note(f"predictor: that of run {origin.run} in {origin.root}, paid for there")
         return {"alignment": self._predicted(self._measuring())}
 
     def _predicted(self, evaluator: Evaluator) -> dict[str, Any]:
@@ -151,29 +171,14 @@ class Pipeline:
         return seen
 
     def _warmup(self) -> dict[str, Any]:
-        c, task = self.config, self.agreement.task
-        known = [self.agreement.questions[q] for q in (*self.agreement.plan.context, *self.train)]
         folder = self.run_dir.path("policy") / "warm"
         if self.tabular:
             tabular.save(tabular.new_policy(self.agreement), folder, 0)
             return {}
-        questions = known + _recombined(known, c.seed)
-        prompts = [prompt(q, task, c.task.style) for q in self.agreement.questions.values()]
-        texts = [*prompts, *(random_answer(task, k, np.random.default_rng(k)) for k in range(2, 11))]
-        torch.manual_seed(c.seed)
-        model, tokenizer = build_policy(c.policy, texts, c.seed)
-        limit = self._new_tokens()
-        outcome = warm_up(
-            model, tokenizer, [prompt(q, task, c.task.style) for q in questions],
-            lambda rng, i: random_answer(task, len(questions[i].options), np.random.default_rng(rng.getrandbits(64))),
-            steps=c.policy.warmup_steps, lr=c.policy.warmup_lr, seed=c.seed,
-            valid=lambda text, i: parse(text, questions[i], task) is not None, max_new_tokens=limit,
-            progress=lambda step, loss: self.progress.step("warm-up", step, c.policy.warmup_steps, loss=loss),
+        return warm_policy(
+            self.config, self.agreement, folder, self._new_tokens(),
+            lambda step, loss: self.progress.step("warm-up", step, self.config.policy.warmup_steps, loss=loss),
         )  # fmt: skip
-        shutil.rmtree(folder, ignore_errors=True)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return {"valid": outcome.valid, "steps": outcome.steps}
 
     def _align(self) -> dict[str, Any]:
         """Train the policy by the run's system: at the coordinator, or by updates from the clients."""
@@ -279,11 +284,29 @@ class Pipeline:
                 self.run_dir.measurement.append(
                     {
                         "stamp": NOT_PRIVATE, "step": step, "per_group": found["per_group"], "avg": found["avg"],
-                        "min": found["min"], "fi": found["fairness_index"], "weights": row["weights"],
+                        "min": found["min"], "fi": found["fairness_index"],
+                        "weights": row["weights"] or self._weights(step, row),
                     }
                 )  # fmt: skip
 
         return seen
+
+    def _weights(self, step: int, row: Mapping[str, Any]) -> dict[str, float] | None:
+        """How much each group counted in a step, as the clients of a simulation tell; None where a rule has no weights."""
+        a = self.rounds.agreement
+        if (
+            a.system.kind != "appa"
+            or not row["opened"]
+            or a.cohort
+            or all(part.name != "A" for part in declared(a.aggregation))
+        ):
+            return None
+        told = ask(self.federation, "weight", a.clients, step=step)
+        used = np.array([unpack_float(told[c].body["weight"], c, "weight") or 0.0 for c in a.clients])
+        counted = dict.fromkeys(sorted(set(a.groups.values())), 0.0)
+        for client, share in zip(a.clients, shares(a.aggregation, used).tolist(), strict=True):
+            counted[a.groups[client]] += share
+        return counted
 
     def _record_step(self, metrics: dict[str, Any], row: dict[str, Any]) -> None:
         """One step to metrics.jsonl and the progress line. row: `result` of the aggregation, and what was malformed."""
@@ -374,22 +397,6 @@ class Pipeline:
 
     def _epsilon(self) -> float | None:
         return max((float(row["epsilon"]) for row in self.run_dir.ledger), default=None)
-
-
-def _recombined(questions: list[Question], seed: int) -> list[Question]:
-    """As many questions with texts and options drawn from different ones.
-
-    A policy warmed up on them learns to count the options of a prompt instead of remembering each prompt's answer length.
-    """
-    rng = np.random.default_rng([seed, 0xF0])
-    options = sorted({option for q in questions for option in q.options})
-    sizes = [len(q.options) for q in questions]
-    return [
-        Question(
-            f"recombined {i}", q.text, tuple(rng.choice(options, rng.choice(sizes), replace=False).tolist())
-        )
-        for i, q in enumerate(questions)
-    ]
 
 
 def _load(base: Any, folder: Any = None, lora: bool = False) -> tuple[Any, Any]:

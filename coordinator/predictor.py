@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import torch
 
 from appa_secure.agreement import PREDICTOR, Agreement
 from appa_secure.errors import RunError
-from appa_secure.journal import Journal, atomic_write
+from appa_secure.journal import Journal, atomic_write, read_journal
 from appa_secure.messages import unpack_rows
 from appa_secure.predictor import PreferencePredictor, flatten
 from appa_secure.privacy.ledger import ROW_FIELDS
@@ -112,6 +112,15 @@ def save_state(path: Path, arrays: dict[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     atomic_write(path, buffer.getvalue())
+
+
+def copy_rows(source: Path, target: Journal, key: Sequence[str]) -> None:
+    """Append the rows of another run's journal that have `key` and are not there yet."""
+    known = {tuple(row.get(k) for k in key) for row in target}
+    for row in read_journal(source):
+        name = tuple(row.get(k) for k in key)
+        if None not in name and name not in known:
+            target.append(row)
 
 
 def record_ledger(ledger: Journal, client: str, raw: bytes) -> float | None:

@@ -47,7 +47,8 @@ def summarise(
             for s in names
         }
     rows = list(run.ledger)
-    private = statement(c, rows, agreement.plan.noise_multiplier, nominal)
+    origin = next(iter(run.transcript)).get("origin")
+    private = statement(c, rows, agreement.plan.noise_multiplier, nominal, origin)
     output = _output(c, agreement, run)
     run.write_json(STATEMENT_JSON, {**private, "output_noise": output})
     words = markdown(private) + ("" if output is None else "\n" + output_markdown(output))
@@ -75,6 +76,7 @@ def summarise(
             "accountant": c.privacy.accountant, "epsilon": private["epsilon"], "budget": c.privacy.epsilon,
         },
         "output_noise": output,
+        "origin": origin,
         "secagg": _traffic(agreement, run),
         "stopped": stages["align"].get("stopped"),
         "last_step": {k: last.get(k) for k in ("step", "reward", "fi", "h_mean", "soft_min")},

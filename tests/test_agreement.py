@@ -70,6 +70,7 @@ def test_every_agreed_field_changes_the_digest(agreement) -> None:
     changed += [replace(agreement, aggregation=spec) for spec in specs]
     changed.append(replace(agreement, predictor=replace(SHAPE, ff=9)))
     changed += [replace(agreement, max_weight=100), replace(agreement, true_rewards=True)]
+    changed.append(replace(agreement, origin="ab"))
     systems = {
         "kind": "sft", "beta": 0.2, "eta": 0.2, "contrast": 9.0, "local_steps": 2, "lr": 0.2, "clip": 2.0, "ratio_clip": 0.3,
         "kl_coef": 0.1, "human_weight": 2.0, "format_reward": 0.0, "labels": "raw", "generations": 4, "temperature": 0.5,
@@ -97,7 +98,7 @@ def test_what_is_each_sites_own_is_not_agreed(agreement) -> None:
     assert agreed == {
         "plan", "budget", "context_noise", "questions", "reward", "aggregation", "predictor", "groups",
         "directory", "mode", "release", "threshold", "min_cohort", "ring_bits", "rounds_per_epoch",
-        "embedder", "output", "max_weight", "true_rewards", "system",
+        "embedder", "output", "max_weight", "true_rewards", "system", "origin",
     }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import typer
 from appa_secure import cli, config_checks, records
 from appa_secure import sweep as sweeping
 from appa_secure.config import GROUPS, Config, compose, options
-from appa_secure.errors import DataError
+from appa_secure.errors import ConfigError, DataError
 from appa_secure.privacy.accounting import GaussianEvent
 from appa_secure.privacy.ledger import Budget, Ledger
 from appa_secure.privacy.output import MECHANISM, plan_output
@@ -235,8 +235,13 @@ def test_sweep_runs_every_combination_and_compares(call: Call, children: list[li
     assert out.splitlines() == [
         f"runs/both/aggregation-{a}_seed-{s}" for a in ("appa", "average") for s in (1, 2, 3)
     ]
-    assert len(children) == 6
+    predictors = [a for a in children if "until=predictor" in a]
+    assert len(predictors) == 3  # one for both rules of a seed, and before any of them
+    assert children[:3] == predictors
+    assert len(children) == 3 + 6
     found = [cli.load(Path(line) / records.CONFIG) for line in out.splitlines()]
+    names = {cli.load(path).name for path in Path("runs/both").glob("predictor-*/config.resolved.yaml")}
+    assert {c.predictor.origin for c in found} == {f"runs/both/{name}" for name in names}
     assert [(c.aggregation.kind, c.seed) for c in found] == [
         (a, s) for a in ("appa", "average") for s in (1, 2, 3)
     ]  # fmt: skip
@@ -321,15 +326,54 @@ def test_an_experiment_declares_its_sweep(declared: None) -> None:
     ]  # fmt: skip
 
 
+_STUDIES = ("seeds_table", "frontier")  # over other experiments
+
+
+def _rows(name: str) -> set[tuple[str, str, str, str]]:
+    """What is compared in a study: (experiment, policy, rule or system, ε)."""
+    found = set()
+    for c in (member.config for member in sweeping.plan([f"+experiment={name}", "seed=1"])):
+        rule = c.system.kind if c.system.kind != "appa" else f"{c.aggregation.kind} {c.aggregation.variant}"
+        found.add((c.experiment, c.policy.kind, rule, str(c.privacy.epsilon if c.privacy.enabled else None)))
+    return found
+
+
+def test_the_quick_studies_leave_no_row_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_checks, "environment_problems", lambda config: [])
+    monkeypatch.setenv("APPA_SHARED", "somewhere")
+    table, line = (_rows(f"{name}_quick") for name in _STUDIES)
+    assert table == _rows("seeds_table")
+    assert line == _rows("frontier")
+    assert len(table) == 6 * 7 + 2 * 5
+    assert len(line) == 2 * 3 * 5
+
+
+def test_a_study_of_several_experiments_is_no_run() -> None:
+    with pytest.raises(ConfigError, match=r"experiment=frontier: .*appa-secure sweep experiment=frontier"):
+        compose(["experiment=frontier"])
+
+
+def test_the_surveys_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("APPA_SHARED", raising=False)
+    with pytest.raises(ConfigError, match="APPA_SHARED"):
+        compose(["experiment=opinionqa_dense"])
+    (tmp_path / "data" / "opinionqa").mkdir(parents=True)
+    monkeypatch.setenv("APPA_SHARED", str(tmp_path))
+    assert compose(["experiment=opinionqa_dense"]).data.path == str(tmp_path / "data" / "opinionqa")
+    assert compose(["experiment=opinionqa_dense", "data.path=owner/name"]).data.path == "owner/name"
+
+
 def test_the_declared_studies_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_checks, "environment_problems", lambda config: [])
+    monkeypatch.setenv("APPA_SHARED", "somewhere")
     studies = [name for name in options("experiment") if sweeping.declared_sweep(name)]
     assert "predictor_opinionqa" in studies
     for name in studies:
-        where = [] if "synthetic" in name else ["data.path=somewhere"]
-        members = sweeping.plan([f"experiment={name}", *where])
-        assert len({member.config.seed for member in members}) >= 3
-        assert all(member.config.experiment == name for member in members)
+        if not name.startswith(_STUDIES):
+            members = sweeping.plan([f"experiment={name}"])
+            assert all(member.config.experiment == name for member in members)
+        seeds = {seed for grid in sweeping.declared_sweep(name) for seed in grid["seed"]}
+        assert len(seeds) >= (2 if name.endswith("_quick") else 3)
     assert sweeping.declared_sweep("smoke") == []
 
 

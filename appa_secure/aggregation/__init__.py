@@ -8,8 +8,8 @@ in one place, for cohort mode and as the reference the blind form is tested agai
 Pure functions on numpy arrays: no state, no randomness, no input or output.
 """
 
-from appa_secure.aggregation.blind import combine, contribution, segments
-from appa_secure.aggregation.clear import combine_clear
+from appa_secure.aggregation.blind import combine, contribution, declared, segments, used_weight
+from appa_secure.aggregation.clear import combine_clear, shares
 from appa_secure.aggregation.rules import BUILT_IN, Own, Rule, Sum, Sums
 from appa_secure.aggregation.spec import AggregationSpec, StepResult
 
@@ -24,5 +24,8 @@ __all__ = [
     "combine",
     "combine_clear",
     "contribution",
+    "declared",
     "segments",
+    "shares",
+    "used_weight",
 ]

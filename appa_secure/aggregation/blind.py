@@ -102,14 +102,20 @@ def contribution(
     check_rewards("rewards", r)
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}")
-    if spec.variant == "weighted":
-        before = own_weight(spec, h_prev, float(r.mean()), z_prev is None, step)
-    else:
-        before = weight(h_prev, z_prev, groups, spec.temperature)
+    before = used_weight(spec, r, h_prev, z_prev, groups, step)
     own = Own(r, before, own_history(spec, h_prev, float(r.mean()), step))
     # Rounding in exp and the products may step over a bound by one unit in the last place.
     parts = [np.clip(np.atleast_1d(s.term(own)), s.low, s.high) for s in declared(spec)]
     return np.concatenate(parts), own.history
+
+
+def used_weight(
+    spec: AggregationSpec, r: Floats, h_prev: float | None, z_prev: float | None, groups: int, step: int
+) -> float:
+    """The weight in `contribution`, of the same arguments; before normalisation, but for `paper`."""
+    if spec.variant == "weighted":
+        return own_weight(spec, h_prev, float(r.mean()), z_prev is None, step)
+    return weight(h_prev, z_prev, groups, spec.temperature)
 
 
 def own_weight(spec: AggregationSpec, h: float | None, mean: float, first: bool, step: int) -> float:

@@ -75,10 +75,16 @@ def combine_clear(
     exact = spec.rule.exact
     if exact is not None:
         result = replace(result, rewards=exact(r), branch=spec.kind)
+    return result, after, shares(spec, alpha)
+
+
+def shares(spec: AggregationSpec, used: Floats) -> Floats:
+    """How much each group counts, (G,), from the weights that the groups used (G,): as used in `paper`, else summing to 1;
+    of `maximin` with its dial, (1-dial)/G + dial·w/Σw."""
     if spec.variant == "paper":
-        return result, after, alpha
-    share = alpha / alpha.sum()
-    return result, after, (1.0 - spec.dial) / count + spec.dial * share if spec.kind == "maximin" else share
+        return used
+    share: Floats = used / used.sum()
+    return (1.0 - spec.dial) / len(used) + spec.dial * share if spec.kind == "maximin" else share
 
 
 def _jain(values: Floats) -> Floats:

@@ -29,9 +29,11 @@ _ACCOUNTING = {
 
 
 def statement(
-    config: Config, rows: Sequence[Mapping[str, Any]], noise_multiplier: float, nominal: bool
-) -> dict[str, Any]:
-    """The statement as data. rows: the run's ledger; noise_multiplier: the plan's, 0 without privacy."""
+    config: Config, rows: Sequence[Mapping[str, Any]], noise_multiplier: float, nominal: bool,
+    origin: Mapping[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The statement as data. rows: the run's ledger; noise_multiplier: the plan's, 0 without privacy; origin: facts of
+    the run in which the releases were made (`appa_secure.origin`), None where this run made them."""
     p = config.privacy
     spent: dict[str, float] = {}
     for row in rows:
@@ -57,6 +59,7 @@ def statement(
         },
         "secure_rng": p.secure_rng,
         "budget": p.epsilon,
+        "released_in": None if origin is None else dict(origin),
         "mechanisms": _mechanisms(config, noise_multiplier) if p.enabled else [],
         "post_processing": "rewards, alignment histories, fairness indices, the policy and its checkpoints",
         "noise_source": "secret key of each client" if p.secure_rng else "derived from the run's seed",
@@ -172,6 +175,7 @@ def markdown(s: Mapping[str, Any]) -> str:
         f"been there: its presence changes the odds of any conclusion by at most a factor of e^ε, with **ε ≤ {worst:.2f}**, "
         f"except with probability δ = {s['delta']:g}. The budget was ε = {s['budget']:g} per client.",
         *_seed_warning(s),
+        *_shared_release(s),
         "",
         f"- Privacy unit: {s['unit']}; adjacency: {s['adjacency']}; accountant: {s['accountant'].upper()} (Opacus).",
         f"- Where the noise is added: {s['model']}.",
@@ -202,6 +206,17 @@ def markdown(s: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _shared_release(s: Mapping[str, Any]) -> list[str]:
+    if s["released_in"] is None:
+        return []
+    return [
+        "",
+        f"**One release for several runs.** What is paid for below was released in run {s['released_in']['run']} (end of its "
+        f"transcript: {s['released_in']['transcript']}). This run released nothing more: it and every other run that starts "
+        "there work on that one release, and all of them together cost the ε stated here once.",
+    ]
 
 
 def _seed_warning(s: Mapping[str, Any]) -> list[str]:

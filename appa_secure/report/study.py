@@ -42,6 +42,11 @@ PARTS = {
 }
 
 
+_RESAMPLES = 10_000
+_PANELS = ("experiment", "data", "data.kind", "task.reward", "policy", "policy.kind")
+_RULE, _SYSTEM, _REFERENCE = "aggregation", "system", "average"
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Mean over n seeds with the 95 % interval of Student's t; without an interval for one seed."""
@@ -63,14 +68,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """`other` minus `reference` over the seeds that both have: absolute, in percent of the reference, and the p of
-    the paired t test (None for fewer than two seeds or no spread)."""
+    """`other` minus `reference` over the seeds that both have: absolute, in percent of the reference, the p of
+    the paired t test (None for fewer than two seeds or no spread), and the 95 % percentile bootstrap over the seeds."""
 
     reference: str
     other: str
     absolute: Estimate
     percent: Estimate
     p: float | None
+    bootstrap: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Study:
         spread = len(seeds) > 1 and float(np.ptp(y - x)) > 0
         p = float(stats.ttest_rel(y, x).pvalue) if spread else None
         percent = Estimate.of((100 * (y - x) / x).tolist())
-        return Difference(reference, other, Estimate.of((y - x).tolist()), percent, p)
+        return Difference(reference, other, Estimate.of((y - x).tolist()), percent, p, _bootstrap(y - x))
 
     def rounds_to(self, condition: str, split: str, levels: Mapping[int, float]) -> dict[int, int | None]:
         """Per seed of `levels`, the first measured round in which the average alignment of own predictions is at least
@@ -132,12 +138,56 @@ class Study:
                 found[seed] = None if reached.empty else int(reached.min())
         return found
 
+    def panels(self) -> list[tuple[str, Study]]:
+        """The study taken apart by data set and policy, where they vary: each part with its title. Else itself."""
+        apart = [field for field in self.fields if field in _PANELS]
+        found: dict[tuple[str, ...], list[str]] = {}
+        for condition, values in self.conditions.items():
+            found.setdefault(tuple(values.get(field, "") for field in apart), []).append(condition)
+        if len(found) < 2:
+            return [("", self)]
+        return [self._panel(names, set(apart)) for names in found.values()]
+
+    def _panel(self, names: Sequence[str], apart: set[str]) -> tuple[str, Study]:
+        rest = tuple(field for field in self.fields if field not in apart)
+        inside = {name: {k: v for k, v in self.conditions[name].items() if k not in apart} for name in names}
+        words = {name: _words(values, rest) for name, values in inside.items()}
+        frame = self.frame[self.frame["condition"].isin(names)]
+        runs = {name: self.runs[name] for name in frame["run"].unique()}
+        one = next(iter(runs.values()))
+        told = [str(self.conditions[names[0]].get("experiment", "")), f"data {one.get('data.kind')}"]
+        told += [f"reward {one.get('task.reward')}", f"policy {one.get('policy.kind')}"]
+        conditions = {words[name]: values for name, values in inside.items()}
+        panel = Study(frame.assign(condition=frame["condition"].map(words)), rest, conditions, runs, ())
+        return ", ".join(word for word in told if word), panel
+
+    def _with_average(self) -> list[tuple[str, str]]:
+        """Every rule and system with the average rule, where all else that varies is the same."""
+
+        def rest(condition: str) -> tuple[tuple[str, str], ...]:
+            values = self.conditions[condition]
+            return tuple((k, v) for k, v in values.items() if k not in (_RULE, _SYSTEM))
+
+        references = {rest(c): c for c, v in self.conditions.items() if v.get(_RULE) == _REFERENCE}
+        found = [
+            (references.get(rest(c)), c) for c, v in self.conditions.items() if v.get(_RULE) != _REFERENCE
+        ]
+        return [(reference, c) for reference, c in found if reference is not None]
+
+    def _with_first(self) -> list[tuple[str, str]]:
+        first, *others = self.conditions or [""]
+        return [(first, other) for other in others]
+
+    def frontier(self, split: str) -> list[tuple[float, float]]:
+        """Attainable pairs of average and worst group, from the best average on: means over the runs that know them."""
+        known = [f for run in self.runs.values() if (f := lookup(run.summary, f"ceiling.{split}.frontier"))]
+        return [(float(x), float(y)) for x, y in np.mean(known, axis=0)] if known else []
+
     def pairs(self, by: str | None) -> list[tuple[str, str]]:
         """Which conditions are compared: those that differ in `by` alone with the first value of `by` among them, or
-        without `by` all with the first condition."""
+        without `by` those that differ in the rule alone with the average rule, or where there is none all with the first."""
         if by is None:
-            first, *others = self.conditions or [""]
-            return [(first, other) for other in others]
+            return self._with_average() or self._with_first()
         if by not in self.fields:
             known = ", ".join(field for field in self.fields if field != "seed")
             raise ConfigError(
@@ -151,6 +201,15 @@ class Study:
             if reference != condition:
                 found.append((reference, condition))
         return found
+
+
+def _bootstrap(values: np.ndarray) -> tuple[float, float] | None:
+    """Percentile interval of the mean (Efron 1979), the same at every call. With few values it is too narrow."""
+    if len(values) < 2:
+        return None
+    draws = np.random.default_rng(0xB007).integers(len(values), size=(_RESAMPLES, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def load_study(root: Path) -> Study:

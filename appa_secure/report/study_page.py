@@ -37,23 +37,23 @@ def render_study(root: Path, by: str | None = None) -> Path:
     no run has finished and ConfigError for a field that does not vary.
     """
     study = load_study(root)
-    pairs = study.pairs(by)
+    study.pairs(by)  # refuses a field that does not vary
     write_results(study, root / RESULTS)
-    drawings = study_plots.drawings(study)
     (root / FIGURES).mkdir(exist_ok=True)
-    for drawing in drawings:
-        atomic_write(root / FIGURES / f"{drawing.name}.png", drawing.png)
+    panels = []
+    for number, (title, panel) in enumerate(found := study.panels(), 1):
+        drawings = study_plots.drawings(panel)
+        for drawing in drawings:
+            name = drawing.name if len(found) == 1 else f"{number}_{drawing.name}"
+            atomic_write(root / FIGURES / f"{name}.png", drawing.png)
+        figures = [(drawing.caption, figure(drawing.svg, drawing.caption)) for drawing in drawings]
+        panels.append((title, _parts(panel, by), speed_table(panel, _pairs(panel, by)), figures))
     page = environment.get_template("study.html").render(
         name=root.resolve().name,
         speed_title=SPEED,
         runs=len(study.runs),
-        parts=[
-            (PARTS[part], means_heads(part), means_table(study, part), differences_table(study, part, pairs))
-            for part in study.parts()
-        ],
+        panels=panels,
         heads=(DIFFERENCE_HEADS, SPEED_HEADS),
-        speed=speed_table(study, pairs),
-        figures=[(drawing.caption, figure(drawing.svg, drawing.caption)) for drawing in drawings],
         missing=study.missing,
         choice=choice_note([Row(name, run) for name, run in study.runs.items()]),
         not_private=any(banner(run) for run in study.runs.values()),
@@ -66,20 +66,36 @@ def render_study(root: Path, by: str | None = None) -> Path:
 def study_markdown(root: Path, by: str | None = None) -> str:
     """The same tables for a document."""
     study = load_study(root)
-    pairs, blocks = study.pairs(by), []
-    for part in study.parts():
-        blocks.append(f"{PARTS[part]}:\n")
-        blocks.append(markdown(means_heads(part), means_table(study, part)))
-        differences = differences_table(study, part, pairs)
-        if differences:
-            blocks.append("Paired differences over the same seeds:\n")
-            blocks.append(markdown(DIFFERENCE_HEADS, differences))
-    if speed := speed_table(study, pairs):
-        blocks.append(f"{SPEED}:\n")
-        blocks.append(markdown(SPEED_HEADS, speed))
+    study.pairs(by)
+    blocks = []
+    for title, panel in study.panels():
+        blocks += [f"### {title}\n"] if title else []
+        for name, heads, means, differences in _parts(panel, by):
+            blocks.append(f"{name}:\n")
+            blocks.append(markdown(heads, means))
+            if differences:
+                blocks.append("Paired differences over the same seeds:\n")
+                blocks.append(markdown(DIFFERENCE_HEADS, differences))
+        if speed := speed_table(panel, _pairs(panel, by)):
+            blocks.append(f"{SPEED}:\n")
+            blocks.append(markdown(SPEED_HEADS, speed))
     if study.missing:
         blocks.append(f"Not finished: {', '.join(study.missing)}\n")
     return "\n".join(blocks) + choice_note([Row(name, run) for name, run in study.runs.items()])
+
+
+def _pairs(panel: Study, by: str | None) -> list[tuple[str, str]]:
+    """Within one panel a field may not vary, or be what sets the panels apart."""
+    return panel.pairs(by if by in panel.fields else None)
+
+
+def _parts(panel: Study, by: str | None) -> list[tuple[str, list[str], list[list[str]], list[list[str]]]]:
+    """(title, heads of the means, means, differences) of every part that was measured."""
+    pairs = _pairs(panel, by)
+    return [
+        (PARTS[part], means_heads(part), means_table(panel, part), differences_table(panel, part, pairs))
+        for part in panel.parts()
+    ]
 
 
 def means_heads(part: str) -> list[str]:
@@ -106,6 +122,23 @@ def means_table(study: Study, part: str) -> list[list[str]]:
             for _, where, metric in _shares(part)
         ]
         lines.append([condition, str(seeds), *texts, *shares, _epsilon(study, condition)])
+    return [*lines, *_attainable(study)] if part == "policy.after" else lines
+
+
+def _attainable(study: Study) -> list[list[str]]:
+    """What any policy can reach, means over the runs: at the best average, and at the best worst group."""
+    f = study.frame[study.frame["part"] == "ceiling"]
+    means = f.groupby(["split", "metric"])["value"].mean()
+    lines = []
+    for name, metrics in (
+        ("best average", ("avg", "min_at_avg")),
+        ("best worst group", ("avg_at_min", "min")),
+    ):
+        found = [means.get((split, metric)) for split in SPLITS for metric in metrics]
+        texts = ["–" if value is None else f"{value:.4f}" for value in found]
+        if any(value is not None for value in found):
+            rest = ["–"] * (len(_shares("policy.after")) + 1)
+            lines.append([f"attainable: {name}", "–", *texts[:2], "–", *texts[2:], "–", *rest])
     return lines
 
 
@@ -117,7 +150,7 @@ def _shares(part: str) -> list[tuple[str, str, str]]:
     return [*reached, ("unreadable, %", part, "malformed")]
 
 
-DIFFERENCE_HEADS = ["", "questions", "figure", "seeds", "difference", "in %", "p"]
+DIFFERENCE_HEADS = ["", "questions", "figure", "seeds", "difference", "bootstrap", "in %", "p"]
 
 
 def differences_table(study: Study, part: str, pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
@@ -156,7 +189,8 @@ def speed_table(study: Study, pairs: Sequence[tuple[str, str]]) -> list[list[str
 
 def _difference(d: Difference) -> list[str]:
     p = "–" if d.p is None else "< .001" if d.p < 0.001 else f"{d.p:.3f}"
-    return [str(d.absolute.n), _estimate(d.absolute, 4, "+"), _estimate(d.percent, 2, "+"), p]
+    b = "–" if d.bootstrap is None else f"{d.bootstrap[0]:+.4f} to {d.bootstrap[1]:+.4f}"
+    return [str(d.absolute.n), _estimate(d.absolute, 4, "+"), b, _estimate(d.percent, 2, "+"), p]
 
 
 def _estimate(e: Estimate | None, digits: int, sign: str = "", unit: float = 1.0) -> str:

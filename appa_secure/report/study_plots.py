@@ -5,20 +5,24 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from appa_secure.report.plots import FAINT, LINES, MUTED, STYLE, shorten
-from appa_secure.report.study import METRICS, SPLITS, Estimate, Study
+from appa_secure.report.plots import DASHES, FAINT, LINES, MUTED, STYLE, shorten, smooth
+from appa_secure.report.study import SPLITS, Estimate, Study
 
 _EPSILON = "privacy.epsilon"
 _DPI = 200
+_MARKS = ("o", "s", "^", "D")  # a second sign beside colour, as in `plots.DASHES`
+_HATCHES = ("", "///", "...")
+_SPOKEN = {"min": "worst-off group", "avg": "average group"}
+_COLUMNS = 2  # axes in a row
 
 
 @dataclass(frozen=True)
@@ -32,28 +36,36 @@ class Drawing:
 
 
 def drawings(study: Study) -> list[Drawing]:
-    """What the sweep's data allow: the Avg-Min plane, ε against alignment, and the predictor while it learns."""
+    """What the sweep's data allow: the Avg-Min plane, groups, ε against alignment, the predictor while it learns, weights."""
     parts = study.parts()
     part = next((p for p in ("policy.after", "predictor.own") if p in parts), None)
     found = []
     if part is not None:
         for split, name in SPLITS.items():
             found.append(_plane(study, part, split, name))
-            found += [_against_epsilon(study, part, split, name)] if _has_epsilons(study) else []
+            found += [_groups(study, part, split, name)] if study.pairs(None) else []
+            if _has_epsilons(study):
+                found += [_against_epsilon(study, part, split, name, metric) for metric in ("min", "avg")]
             found += [_curves(study, split, name)] if study.frame["round"].notna().any() else []
-    return found
+    return found + _weights(study)
 
 
-def _draw(name: str, caption: str, paint: Callable[[Axes], None]) -> Drawing:
+def _draw(name: str, caption: str, paint: Callable[[Axes], None], height: float = 3.6) -> Drawing:
+    return _draw_all(name, caption, lambda figure: paint(figure.add_subplot()), height)
+
+
+def _draw_all(name: str, caption: str, paint: Callable[[Figure], None], height: float) -> Drawing:
+    """`paint` adds axes with equal labels; the legend stands beside them."""
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-        axes = figure.add_subplot()
-        paint(axes)
-        axes.grid(color=FAINT, linewidth=0.6)
-        axes.set_axisbelow(True)
-        if axes.get_legend_handles_labels()[0]:
-            figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
+        figure = Figure(figsize=(6.4, height), layout="constrained")
+        paint(figure)
+        for axes in figure.axes:
+            axes.grid(color=FAINT, linewidth=0.6)
+            axes.set_axisbelow(True)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8.5)
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", dpi=_DPI, metadata={"Software": None})
@@ -62,13 +74,16 @@ def _draw(name: str, caption: str, paint: Callable[[Axes], None]) -> Drawing:
 
 def _plane(study: Study, part: str, split: str, name: str) -> Drawing:
     def paint(axes: Axes) -> None:
+        if reachable := study.frontier(split):
+            x_best, y_best = zip(*reachable, strict=True)
+            axes.plot(x_best, y_best, "-", color=MUTED, linewidth=1.4, label="attainable")
         for index, condition in enumerate(study.conditions):
-            colour = LINES[index % len(LINES)]
+            colour, mark = LINES[index % len(LINES)], _MARKS[index // len(LINES) % len(_MARKS)]
             x, y = (study.estimate(condition, part, split, metric) for metric in ("avg", "min"))
             if x is None or y is None:
                 continue
             axes.errorbar(
-                x.mean, y.mean, xerr=_reach(x), yerr=_reach(y), fmt="o", color=colour, markersize=6, linewidth=1.2,
+                x.mean, y.mean, xerr=_reach(x), yerr=_reach(y), fmt=mark, color=colour, markersize=6, linewidth=1.2,
                 label=shorten(condition, 40),
             )  # fmt: skip
             one, other = (study.values(condition, part, split, metric) for metric in ("avg", "min"))
@@ -79,8 +94,48 @@ def _plane(study: Study, part: str, split: str, name: str) -> Drawing:
         axes.set_title("worst-off group", loc="left", fontsize=10, color=MUTED)
         axes.xaxis.set_major_locator(MaxNLocator(5))
 
+    height = max(3.6, 0.6 + 0.2 * len(study.conditions))
     caption = f"Average against worst-off group, {name} questions: means and 95 % intervals over seeds, dots are seeds"
-    return _draw(f"plane_{split}", caption, paint)
+    caption += "; the grey line is what is attainable" if study.frontier(split) else ""
+    return _draw(f"plane_{split}", caption, paint, height)
+
+
+def _groups(study: Study, part: str, split: str, name: str) -> Drawing:
+    """Each group's alignment minus what the reference gives it, with intervals over seeds."""
+    f = study.frame
+    rows = f[(f["part"] == part) & (f["split"] == split) & (f["metric"] == "alignment") & f["round"].isna()]
+    values = rows.set_index(["condition", "group", "seed"])["value"].sort_index()
+    pairs = [(a, b) for a, b in study.pairs(None) if {a, b} <= set(rows["condition"])]
+    groups = sorted(rows["group"].unique())
+    thick = 0.8 / max(len(pairs), 1)
+
+    def paint(axes: Axes) -> None:
+        for index, (reference, other) in enumerate(pairs):
+            found = []
+            for group in groups:
+                one, two = (values[c, group] for c in (other, reference))
+                found.append(Estimate.of((one - two).dropna().tolist() or [math.nan]))
+            at = [row + thick * (index - (len(pairs) - 1) / 2) for row in range(len(groups))]
+            axes.barh(
+                at, [e.mean for e in found], thick, xerr=[_reach(e) for e in found], color=LINES[index % len(LINES)],
+                hatch=_HATCHES[index // len(LINES) % len(_HATCHES)], edgecolor="white", linewidth=0.3,
+                error_kw={"linewidth": 0.7},
+                label=shorten(other, 40),
+            )  # fmt: skip
+        axes.axvline(0, color=MUTED, linewidth=1)
+        axes.set_yticks(range(len(groups)), [shorten(group) for group in groups])
+        axes.invert_yaxis()
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xlabel("difference in alignment")
+
+    height = max(3.6, 0.8 + 0.11 * len(groups) * max(len(pairs), 3), 0.6 + 0.2 * len(pairs))
+    caption = f"What each group gains or loses against {_the(pairs)}, {name} questions: means and 95 % intervals over seeds"
+    return _draw(f"groups_{split}", caption, paint, height)
+
+
+def _the(pairs: Sequence[tuple[str, str]]) -> str:
+    references = dict.fromkeys(reference for reference, _ in pairs)
+    return next(iter(references)) if len(references) == 1 else "the reference"
 
 
 def _reach(e: Estimate) -> float:
@@ -92,42 +147,42 @@ def _has_epsilons(study: Study) -> bool:
     return _EPSILON in frame and frame[frame["privacy.enabled"].astype(bool)][_EPSILON].nunique() > 1
 
 
-def _against_epsilon(study: Study, part: str, split: str, name: str) -> Drawing:
-    """Conditions that differ in ε and what follows from it are one line; runs without privacy are a line across."""
+def _against_epsilon(study: Study, part: str, split: str, name: str, metric: str) -> Drawing:
+    """Conditions that differ in ε and what follows from it are one line, which ends at ∞ with the run without privacy."""
     firsts = study.frame.drop_duplicates("condition").set_index("condition")
     private = firsts["privacy.enabled"].astype(bool)
+    without = ("seed", "privacy", "privacy.enabled", _EPSILON)
+    keys = [f for f in study.fields if f not in without and not _follows_epsilon(firsts, f)]
+    levels = [*sorted({float(firsts[_EPSILON][c]) for c in study.conditions if private[c]}), math.inf]
     series: dict[tuple[str, ...], list[tuple[float, str]]] = {}
-    keys = [f for f in study.fields if f not in ("seed", _EPSILON) and not _follows_epsilon(firsts, f)]
-    for condition in study.conditions:
-        if private[condition]:
-            rest = tuple(study.conditions[condition].get(key, "") for key in keys)
-            series.setdefault(rest, []).append((float(firsts[_EPSILON][condition]), condition))
+    for condition, values in study.conditions.items():
+        level = float(firsts[_EPSILON][condition]) if private[condition] else math.inf
+        series.setdefault(tuple(values.get(key, "") for key in keys), []).append((level, condition))
 
     def paint(axes: Axes) -> None:
-        for index, (rest, points) in enumerate(series.items()):
-            colour = LINES[index % len(LINES)]
-            for metric, dash in (("avg", "-"), ("min", "--")):
-                known = [(x, e) for x, c in sorted(points) if (e := study.estimate(c, part, split, metric))]
-                label = f"{' '.join(word for word in rest if word)} {METRICS[metric]}".strip()
-                _band(axes, known, colour, dash, shorten(label, 40))
-        for condition in study.conditions:
-            if not private[condition]:
-                for metric, dash in (("avg", "-"), ("min", "--")):
-                    e = study.estimate(condition, part, split, metric)
-                    if e is not None:
-                        label = f"no privacy {METRICS[metric]}"
-                        axes.axhline(e.mean, color=MUTED, linestyle=dash, linewidth=1.2, label=label)
-                break
-        axes.set_xscale("log")
-        ticks = sorted({x for points in series.values() for x, _ in points})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        drawn = 0
+        for rest, points in series.items():
+            known = [(x, e) for x, c in sorted(points) if (e := study.estimate(c, part, split, metric))]
+            label = shorten(" ".join(word for word in rest if word), 40)
+            if known and all(x == math.inf for x, _ in known):
+                axes.axhline(
+                    known[0][1].mean,
+                    color=MUTED,
+                    linestyle="--",
+                    linewidth=1.2,
+                    label=f"{label} no privacy".strip(),
+                )
+                continue
+            _band(axes, [(levels.index(x), e) for x, e in known], LINES[drawn % len(LINES)], "-", label)
+            drawn += 1
+        axes.set_xticks(range(len(levels)), ["∞" if x == math.inf else f"{x:g}" for x in levels])
         axes.set_xlabel("ε, budget of each client (smaller is stronger)")
-        axes.set_title(f"alignment, {name} questions", loc="left", fontsize=10, color=MUTED)
+        axes.set_title(f"{_SPOKEN[metric]}, {name} questions", loc="left", fontsize=10, color=MUTED)
 
-    caption = f"ε against alignment, {name} questions: means with 95 % intervals over seeds"
-    return _draw(f"epsilon_{split}", caption, paint)
+    caption = (
+        f"ε against alignment, {_SPOKEN[metric]}, {name} questions: means with 95 % intervals over seeds"
+    )
+    return _draw(f"epsilon_{metric}_{split}", caption, paint)
 
 
 def _follows_epsilon(firsts: pd.DataFrame, field: str) -> bool:
@@ -167,3 +222,38 @@ def _curves(study: Study, split: str, name: str) -> Drawing:
 
     caption = f"The predictor while it learns, {name} questions: means with 95 % intervals over seeds"
     return _draw(f"curve_{split}", caption, paint)
+
+
+def _weights(study: Study) -> list[Drawing]:
+    """How much each group counts over the steps, means over seeds; an axis for every condition that has weights."""
+    found: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for run, condition in study.frame.drop_duplicates("run").set_index("run")["condition"].items():
+        for row in study.runs[str(run)].measurement:
+            for group, value in (row.get("weights") or {}).items():
+                steps = found.setdefault(condition, {}).setdefault(group, {})
+                steps.setdefault(int(row["step"]), []).append(float(value))
+    if not found:
+        return []
+
+    def paint(figure: Figure) -> None:
+        first: Axes | None = None
+        for place, (condition, groups) in enumerate(found.items(), 1):
+            axes = figure.add_subplot(
+                -(-len(found) // _COLUMNS), min(len(found), _COLUMNS), place, sharex=first, sharey=first
+            )
+            first = first or axes
+            for index, group in enumerate(sorted(groups)):
+                at = sorted(groups[group])
+                mean = smooth([sum(groups[group][step]) / len(groups[group][step]) for step in at])
+                dash = DASHES[index // len(LINES) % len(DASHES)]
+                axes.plot(
+                    at, mean, dash, color=LINES[index % len(LINES)], linewidth=1.3, label=shorten(group, 18)
+                )
+            axes.set_title(shorten(condition, 30), loc="left", fontsize=8, color=MUTED)
+            axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+            axes.label_outer()
+        figure.supxlabel("training step", fontsize=10)
+
+    height = 0.8 + 1.9 * -(-len(found) // _COLUMNS)
+    caption = "How much each group counts over the steps (all add up to 1), means over seeds, smoothed"
+    return [_draw_all("weights", caption, paint, max(height, 2.8))]

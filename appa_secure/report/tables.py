@@ -15,7 +15,9 @@ from appa_secure.report.run import Run, load_run, lookup
 from appa_secure.report.words import banner, duration, gap_closed, number, percent
 
 # Fields in which runs differ without being different experiments.
-_NOT_OPTIONS = ("name", "output_root", "seed", "federation.client_root")
+_NOT_OPTIONS = (
+    "name", "output_root", "seed", "federation.client_root", "predictor.origin", "policy.cache_dir",
+)  # fmt: skip
 COLUMNS = (
     ("train", "avg"), ("train", "min"), ("train", "fairness"),
     ("heldout", "avg"), ("heldout", "min"), ("heldout", "fairness"),

@@ -105,6 +105,13 @@ def test_truth_stays_home_unless_the_site_itself_allows_it(world: World, tmp_pat
     assert sum(predicted["q1"]) == pytest.approx(1.0)
 
 
+def test_a_weight_stays_home_unless_the_site_itself_allows_it(world: World, tmp_path: Path) -> None:
+    trained(world)
+    world.ask(ME, "score", session=REWARD, message=b"", **score_body(world))
+    refused(world.ask(ME, "weight", step=1), "NotAllowed", "evaluation.truth")
+    assert "weight" not in ClientStore(tmp_path / "clients" / ME).load()["history"]
+
+
 def test_the_private_context_is_paid_for_once_and_never_sent(world: World, tmp_path: Path) -> None:
     state = ClientStore(tmp_path / "clients" / ME).load()
     reply = world.members[ME].handle(pack(REQUESTS, "context"))

@@ -8,6 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from appa_secure import agreement, launch
+from appa_secure.aggregation import shares
+from appa_secure.aggregation.blind import own_history, own_weight
 from appa_secure.config import Config, compose
 from appa_secure.manipulation import Lie, Population, play, rules, study
 from appa_secure.privacy.ledger import check_rows
@@ -23,8 +25,11 @@ from coordinator import tabular
 SMALL = [
     "experiment=tabular_conflict", "data.questions=12", "data.respondents=60", "data.answers_per_respondent=10",
     "data.min_responses=5", "data.heldout_fraction=0.1", "ppo.steps=4", "ppo.prompts_per_step=8", "ppo.minibatch_size=16",
-    "ppo.checkpoint_every=2", "aggregation.band=[0.5,0.6]", "evaluation.bootstrap=100",
+    "ppo.checkpoint_every=2", "aggregation.band=[0.5,0.6]", "evaluation.every=1", "evaluation.bootstrap=100",
 ]  # fmt: skip
+
+
+WIDE = ("aggregation.band=[0.6,0.85]", "aggregation.ramp=2")  # holds the histories
 
 
 def configured(root: Path, *overrides: str) -> Config:
@@ -49,13 +54,23 @@ def outcome(run: Path) -> dict:
 def test_blind_equals_clear_and_a_killed_run_ends_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blind = outcome(launch.run(configured(tmp_path / "blind")))
-    clear = outcome(launch.run(configured(tmp_path / "clear", "secagg=clear")))
+    blind = outcome(launch.run(configured(tmp_path / "blind", *WIDE)))
+    clear = outcome(launch.run(configured(tmp_path / "clear", "secagg=clear", *WIDE)))
     assert blind == clear
     assert blind["stamp"] == "not private"
     assert (tmp_path / "blind" / "runs" / "run" / "policy" / "STAMP").read_text() == "not private\n"
     assert [row["step"] for row in blind["metrics.jsonl"]] == [1, 2, 3, 4]
     assert blind["rewards.jsonl"][-1]["result"]["branch"] == "weighted"
+    # Rewards are true, so what is measured of a step is what histories are made of: weights follow from it.
+    rule = configured(tmp_path / "blind", *WIDE).aggregation.spec
+    history: dict[str, float | None] = {}
+    for number, row in enumerate(blind["measurement.jsonl"], 1):
+        scores = row["per_group"]
+        used = [own_weight(rule, history.get(g), r, number == 1, number) for g, r in scores.items()]
+        expected = shares(rule, np.array(used)).tolist()
+        assert row["weights"] == pytest.approx(dict(zip(scores, expected, strict=True)), rel=1e-9)
+        history = {g: own_history(rule, history.get(g), r, number) for g, r in scores.items()}
+    assert len(set(row["weights"].values())) > 1
 
     class Killed(BaseException):
         pass
@@ -69,7 +84,7 @@ def test_blind_equals_clear_and_a_killed_run_ends_as_if_it_had_not_been(
             raise Killed
         real(self, *args)  # type: ignore[arg-type]
 
-    config = configured(tmp_path / "killed")
+    config = configured(tmp_path / "killed", *WIDE)
     monkeypatch.setattr(TabularPolicy, "update", update)
     with pytest.raises(Killed):
         launch.run(config)
