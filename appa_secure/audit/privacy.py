@@ -94,7 +94,12 @@ def as_data(found: Findings) -> dict[str, Any]:
         "delta": p.delta,
         "exceeded": [v.name for v in found.exceeded],
         "canaries": [
-            {"release": v.name, "adversary": v.adversary, "claimed": v.claimed, "exceeded": v.exceeded, **asdict(v.bound)}
+            {
+                "release": v.name, "adversary": v.adversary, "claimed": v.claimed, "exceeded": v.exceeded,
+                "gaussian": None if v.gaussian is None else v.gaussian[0],
+                "gaussian_ceiling": None if v.gaussian is None else v.gaussian[1],
+                **asdict(v.bound), "confidence": v.confidence,
+            }
             for v in found.views
         ],
         "membership": {
@@ -127,21 +132,28 @@ def markdown(found: Findings) -> str:
         "",
         "## Canaries: measured lower bounds beside the claim",
         "",
-        "| release | adversary | claimed ε ≤ | measured ε ≥ | right guesses | canaries | most that could be proved |",
-        "|---|---|---|---|---|---|---|",
+        "| release | adversary | claimed ε ≤ | measured ε ≥, any mechanism | measured ε ≥, Gaussian | right guesses | "
+        "canaries | most that could be proved |",
+        "|---|---|---|---|---|---|---|---|",
         *(
-            f"| {v.name} | {v.adversary} | {v.claimed:.2f} | {v.bound.epsilon:.2f} | {v.bound.correct} of "
-            f"{v.bound.guesses} | {v.bound.canaries} | {v.bound.ceiling:.2f} |"
+            f"| {v.name} | {v.adversary} | {v.claimed:.2f} | {v.bound.epsilon:.2f} | {_or_dash(v.gaussian, 0)} | "
+            f"{v.bound.correct} of {v.bound.guesses} | {v.bound.canaries} | {v.bound.ceiling:.2f}, {_or_dash(v.gaussian, 1)} |"
             for v in found.views
         ),
         "",
-        f"Each measured bound holds with {100 * found.views[0].bound.confidence:g} % confidence. A lower bound below the "
-        "claim proves nothing: it says what this adversary could show. A lower bound above it proves that the claim is "
-        "wrong. A claim above the last column could not have been refuted with so few canaries: plant more.",
+        f"The measured bounds of a row hold together with {100 * found.views[0].confidence:g} % confidence. A lower bound "
+        "below the claim proves nothing: it says what this adversary could show. A lower bound above it proves that the "
+        "claim is wrong. A claim above both numbers of the last column could not have been refuted with so few canaries: "
+        "plant more. The Gaussian column takes from the ledger that the noise is Gaussian and not subsampled, from the "
+        "protocol that clients' noise is independent, and refutes how much of it there is.",
         "",
     ]
-    if len(found.views) == 1:
-        lines += ["Training rounds release nothing of their own here: they are post-processing.", ""]
+    if found.config.privacy.mechanism == "histogram":
+        lines += [
+            "Training rounds pay for nothing of their own here: they are post-processing of the histograms, and held to "
+            "the histograms' claim.",
+            "",
+        ]
     if found.membership:
         lines += [
             "## Membership inference: was this answer in the training data?",
@@ -153,12 +165,14 @@ def markdown(found: Findings) -> str:
     return "\n".join(lines)
 
 
+def _or_dash(pair: tuple[float, float] | None, index: int) -> str:
+    return "–" if pair is None else f"{pair[index]:.2f}"
+
+
 def _verdict(found: Findings) -> str:
     if not found.exceeded:
         return "**No claim was refuted.**"
-    names = ", ".join(
-        f"{v.name} (ε ≥ {v.bound.epsilon:.2f}, claimed {v.claimed:.2f})" for v in found.exceeded
-    )
+    names = ", ".join(f"{v.name} (ε ≥ {v.measured:.2f}, claimed {v.claimed:.2f})" for v in found.exceeded)
     return f"**REFUTED: {names}.** The build, or the accounting, is broken."
 
 
