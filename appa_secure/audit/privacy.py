@@ -38,9 +38,10 @@ class Findings:
 
 
 def investigate(
-    config: Config, planted: int, confidence: float, attacks: bool, progress: Progress
+    config: Config, planted: int, confidence: float, attacks: bool, policy: bool, progress: Progress
 ) -> Findings:
-    """Audit `config` with at least `planted` training canaries. Raises ConfigError where it claims no privacy."""
+    """Audit `config` with at least `planted` training canaries. policy: attack the run's language model too. Raises
+    ConfigError where it claims no privacy."""
     views = canaries.measure(
         config, planted, confidence, lambda done, total: progress.step("canaries", done, total)
     )
@@ -48,13 +49,13 @@ def investigate(
     contexts: dict[str, Reconstruction] = {}
     if attacks:
         for name, variant in (("private", config), ("without privacy", membership.without_privacy(config))):
-            stage = f"membership, {name}"
-            found = membership.attack(
-                variant,
-                lambda done, total, stage=stage: progress.step(stage, done, total),  # type: ignore[misc]
-            )
+            progress.note(f"membership, {name}")
+            found = membership.attack(variant, progress)
             curves.setdefault("predictor", {})[name] = found.predictor()
-            curves.setdefault("policy answers", {})[name] = found.answers()
+            curves.setdefault("policy stand-in", {})[name] = found.answers()
+            if policy:
+                answers = membership.attack(variant, progress, language_model=True).answers()
+                curves.setdefault("language model", {})[name] = answers
         if config.privacy.unit != "record":
             contexts = reconstruction.attack(
                 config, _GROUPS, lambda done, total: progress.step("context", done, total)
@@ -187,7 +188,8 @@ def _curves(found: Mapping[str, Mapping[str, Roc]]) -> list[str]:
         ),
         "",
         "AUC 0.5 is guessing. One answer per question trains the predictor here, the case in which most is remembered. "
-        "The policy is the optimum for the real rewards over a few answers per question, not a language model.",
+        "The stand-in is the optimum for the real rewards over a few answers per question; the language model is the one "
+        "that the run trains.",
         "",
     ]
 
