@@ -41,7 +41,16 @@ def bounds(views: Sequence[View]) -> tuple[str, bytes]:
             axes.plot([v.bound.ceiling] * 2, [row - 0.3, row + 0.3], color=MUTED, linewidth=1.2, zorder=2)
             axes.plot(v.bound.epsilon, row, "o", color=colour, markersize=8, zorder=3)
             if v.gaussian is not None:
-                axes.plot(v.gaussian[0], row, "D", color=colour, markersize=7, fillstyle="none", zorder=3)
+                axes.plot(
+                    v.gaussian[0],
+                    row,
+                    "D",
+                    color=colour,
+                    markersize=7,
+                    fillstyle="none",
+                    zorder=3,
+                    clip_on=False,
+                )
             axes.annotate(
                 f"claimed ≤ {v.claimed:.2f}, measured ≥ {v.measured:.2f}", (0, row + 0.34), color=colour, fontsize=9,
                 va="bottom",
@@ -53,9 +62,11 @@ def bounds(views: Sequence[View]) -> tuple[str, bytes]:
         axes.set_ylim(-0.5, len(views) - 0.2)
         axes.grid(axis="x", color=FAINT, linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.set_xlabel("ε  (bar: claimed; dot: measured, line: its most; diamond: measured, Gaussian)")
+        axes.set_xlabel(
+            "ε  (bar: claimed; dot: any mechanism, line: its most;\ndiamond: Gaussian, clients independent)"
+        )
 
-    return _draw(0.9 + 0.62 * len(views), [paint])
+    return _draw(1.1 + 0.62 * len(views), [paint])
 
 
 def rocs(title: str, curves: Mapping[str, Roc]) -> tuple[str, bytes]:

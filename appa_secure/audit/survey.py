@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,8 +132,7 @@ class CanarySurvey:
         """(m,) evidence for each canary of the first release in the shares a client keeps, question -> (K,); context
         canaries first."""
         if self.unit == "record":
-            found = np.array([shares[q][0] for q in self.counted])
-            return found - np.median(found)
+            return np.array([shares[q][0] for q in self.counted]) - self._between
         noisy = [
             _MANY * max(self._few, 1) * shares[q][:-1] / shares[q][-1] - self._few for q in self.counted
         ]  # counts without the known answers
@@ -142,6 +142,16 @@ class CanarySurvey:
             return np.asarray(evidence)
         trained = (np.concatenate(noisy[contexts:])[self.train_cells] - 0.5).sum(axis=1)
         return np.concatenate([evidence, trained])
+
+    @cached_property
+    def _between(self) -> float:
+        """Share of the first option half way between a record's and an even one's, after noise as claimed."""
+        rng = np.random.default_rng(0)
+        kept = []
+        for counts in (np.eye(_OPTIONS)[0], np.full(_OPTIONS, 1.0 / _OPTIONS)):
+            noisy = np.maximum(counts + self.noise * rng.standard_normal((20_000, _OPTIONS)), 0.0)
+            kept.append(np.mean(noisy[:, 0] / np.maximum(noisy.sum(axis=1), 1e-12)))
+        return float(np.mean(kept))
 
     @property
     def _few(self) -> int:

@@ -49,7 +49,7 @@ def test_a_language_model_is_read_by_its_mean_answer(tmp_path) -> None:  # type:
         ]
         return [[*row, "nothing to be read"] for row in texts[:-1]] + [["nothing"]]
 
-    found = sampled_shares(agreement, generate, "full")
+    found = sampled_shares(agreement, generate, "short")
     assert asked == [(len(agreement.plan.train), SAMPLES)]
     for q in agreement.plan.train[:-1]:
         np.testing.assert_allclose(found[q][:2], [2 / 3, 1 / 3])
