@@ -197,13 +197,14 @@ def measure(
 
             asked = Asked(start, ClientStore(Path(folder) / str(i)))
             shares, per_question = asked.stolen()
-            updates = box.estimates(
-                lambda index, asked=asked: asked.update(index, box.parameters), per_question
-            )  # type: ignore[misc]
+
+            def update(index: int, asked: Asked = asked) -> Floats:
+                return asked.update(index, box.parameters)
+
+            estimates.append(box.estimates(update, per_question))
             asked.restart()
             readings = [survey.first_scores(s) for s in (shares, asked.stolen()[0])]
             first_scores.append(np.mean(readings, axis=0))
-            estimates.append(updates)
             mine = list(asked.context_rows.values()), list(asked.training_rows.values())
             if not i:
                 paid = mine
