@@ -56,7 +56,7 @@ def bounds(views: Sequence[View]) -> tuple[str, bytes]:
                 va="bottom",
             )  # fmt: skip
         axes.set_yticks(range(len(views)), [v.name for v in reversed(views)])
-        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="y", length=0, pad=8)
         axes.spines["left"].set_visible(False)
         axes.set_xlim(0, 1.05 * top)
         axes.set_ylim(-0.5, len(views) - 0.2)
