@@ -311,6 +311,10 @@ def audit_privacy(
     attacks: Annotated[
         bool, typer.Option(help="Membership inference and context reconstruction, after the canaries.")
     ] = True,
+    policy: Annotated[
+        bool,
+        typer.Option("--policy", help="Attack the answers of the run's language model too; trains it twice."),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where to write; default: OUTPUT_ROOT/audit-EXPERIMENT-SEED."),
@@ -325,7 +329,7 @@ def audit_privacy(
     from appa_secure.progress import Progress
 
     with Progress() as progress:
-        found = privacy.investigate(config, canaries, confidence, attacks, progress)
+        found = privacy.investigate(config, canaries, confidence, attacks, policy, progress)
     folder = out or Path(config.output_root) / f"audit-{config.experiment}-{config.seed}"
     page = privacy.write(found, folder)
     if as_json or markdown:

@@ -24,12 +24,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -39,7 +36,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from appa_secure import records
+from appa_secure import children, records
 from appa_secure.config import Config, compose, load, options, parse_overrides
 from appa_secure.errors import AppaError, ConfigError, RunError
 from appa_secure.origin import predictor_part
@@ -224,19 +221,13 @@ def execute(member: Member, say: Callable[[str], None], threads: int, logged: bo
     except AppaError as error:
         say(f"{label}: {error}")
         return False
-    command = [sys.executable, "-m", "appa_secure.cli", "run", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    with ExitStack() as stack:
-        log = None
-        if logged:
-            path = member.directory.parent / "logs" / f"{label}.log"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            log = stack.enter_context(path.open("a", encoding="utf-8"))
-        ended = subprocess.run(
-            command, stdout=subprocess.DEVNULL, stderr=log, check=False, env=environment
-        ).returncode
+    log = None
+    if logged:
+        log = member.directory.parent / "logs" / f"{label}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+    ended = children.run(arguments, log, threads)
     if ended:
-        say(f"{label}: ended with code {ended}{f', see {log.name}' if log else ''}; the sweep goes on")
+        say(f"{label}: ended with code {ended}{f', see {log}' if log else ''}; the sweep goes on")
     elif logged:
         say(f"{label}: done")
     return ended == 0

@@ -347,6 +347,14 @@ class Pipeline:
                 )
                 for name, qids in self._measured()
             }
+        generate = self.speaker(folder)
+        return {
+            name: evaluator.policy(generate, qids, c.evaluation.samples) for name, qids in self._measured()
+        }
+
+    def speaker(self, folder: str = "policy") -> Callable[[list[str], int], list[list[str]]]:
+        """What samples from the language model saved in `folder`: (prompts, samples) -> the texts for each prompt."""
+        c = self.config
         model, tokenizer = _load(
             self.run_dir.path("policy") / "warm", self.run_dir.path(folder), c.policy.lora is not None
         )
@@ -354,9 +362,7 @@ class Pipeline:
         def generate(prompts: list[str], samples: int) -> list[list[str]]:
             return sample(model, tokenizer, prompts, samples, c.ppo.temperature, self._new_tokens(), c.seed)
 
-        return {
-            name: evaluator.policy(generate, qids, c.evaluation.samples) for name, qids in self._measured()
-        }
+        return generate
 
     def _summary(self) -> dict[str, Any]:
         ceilings = None

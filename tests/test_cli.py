@@ -32,6 +32,8 @@ Call = Callable[..., Ended]
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Runs the console script's entry point in this process."""
 
+    monkeypatch.delenv("APPA_SHARED", raising=False)
+
     def run(*arguments: str) -> Ended:
         monkeypatch.setattr(sys, "argv", ["appa-secure", *arguments])
         code = 0
@@ -215,17 +217,16 @@ def children(monkeypatch: pytest.MonkeyPatch, launched: list[object]) -> list[li
     """Runs the sweep's child processes in this one; seed 13 fails. Lists their arguments."""
     started: list[list[str]] = []
 
-    def run(command: list[str], **options: object) -> types.SimpleNamespace:
-        arguments = command[command.index("run") + 1 :]
+    def run(arguments: list[str], log: Path | None, threads: int) -> int:
         started.append(arguments)
         if "seed=13" in arguments:
-            return types.SimpleNamespace(returncode=1)
+            return 1
         resume = Path(arguments[1]) if arguments[0] == "--resume" else None
         config = cli.load(resume / records.CONFIG) if resume else compose(arguments)
         sys.modules["appa_secure.launch"].run(config, resume)
-        return types.SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(sweeping.subprocess, "run", run)
+    monkeypatch.setattr(sweeping.children, "run", run)
     return started
 
 
@@ -380,28 +381,38 @@ def test_the_declared_studies_are_whole(monkeypatch: pytest.MonkeyPatch) -> None
 def test_seeds_come_one_after_the_other_and_jobs_share_the_cores(
     call: Call, children: list[list[str]], declared: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[dict[str, Any]] = []
-    run = sweeping.subprocess.run
+    seen: list[tuple[Path | None, int]] = []
+    run = sweeping.children.run
 
     alone = threading.Lock()  # the stand-in composes in this process, and Hydra is no friend of threads
 
-    def watched(command: list[str], **how: Any) -> Any:
+    def watched(arguments: list[str], log: Path | None, threads: int) -> int:
         with alone:
-            seen.append(how)
-            return run(command, **how)
+            seen.append((log, threads))
+            return run(arguments, log, threads)
 
     monkeypatch.setattr(sweeping.os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(sweeping.subprocess, "run", watched)
+    monkeypatch.setattr(sweeping.children, "run", watched)
     assert call("sweep", *DECLARED, "name=one")[0] == 0
     assert [next(word for word in words if word.startswith("seed=")) for words in children] == [
         *["seed=1"] * 3, *["seed=2"] * 3,
     ]  # fmt: skip
-    assert {how["env"]["OMP_NUM_THREADS"] for how in seen} == {"8"}
-    assert all(how["stderr"] is None for how in seen)
+    assert set(seen) == {(None, 8)}
     seen.clear()
     assert call("sweep", *DECLARED, "name=four", "--jobs", "4")[0] == 0
-    assert {how["env"]["OMP_NUM_THREADS"] for how in seen} == {"2"}
-    assert len(list(Path("runs/four/logs").iterdir())) == len(seen) == 6
+    assert {threads for _, threads in seen} == {2}
+    assert len({log for log, _ in seen}) == len(seen) == 6
+    assert {log.parent for log, _ in seen if log} == {Path("runs/four/logs")}
+
+
+def test_children_are_processes_of_their_own_with_exit_codes_and_logs(tmp_path: Path) -> None:
+    log = tmp_path / "child.log"
+    arguments = ["experiment=smoke", f"output_root={tmp_path}"]
+    assert sweeping.children.run([*arguments, "ppo.stepz=1"], log, 1) == 2
+    assert sweeping.children.run([*arguments, "seed=x"], log, 1) == 2
+    said = log.read_text("utf-8")
+    assert "ppo.stepz" in said
+    assert said.count("appa-secure: cannot start") == 2
 
 
 def test_a_sweep_leaves_one_tidy_table_and_a_report(call: Call, children: list[list[str]]) -> None:

@@ -36,7 +36,19 @@ NEEDS = {
     "experiment=predictor_central_opinionqa": [f"data.path={HERE}"],
     "experiment=predictor_central_globalopinionqa": [f"data.path={HERE}"],
 }
-CHOICES = [f"{group}={option}" for group in GROUPS for option in options(group)]
+STUDIES = {
+    "seeds_table",
+    "seeds_table_quick",
+    "frontier",
+    "frontier_quick",
+}  # of several experiments: no run of their own
+CHOICES = [f"{group}={option}" for group in GROUPS for option in options(group) if option not in STUDIES]
+
+
+@pytest.fixture(autouse=True)
+def no_surveys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a path is taken from where none is given."""
+    monkeypatch.delenv("APPA_SHARED", raising=False)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -150,7 +162,11 @@ REFUSED = [
     ("lr=1", "lr", "predictor.lr=1, system.lr=1, ppo.lr=1"),
     ("nonsense.whatever=1", "nonsense.whatever", "appa-secure run --help"),
     ("aggregation=apa", "aggregation", "aggregation=appa"),
-    ("aggregation=zzzz", "aggregation", "appa|average|lse|max|maximin|maximin_close|maximin_conflict|min"),
+    (
+        "aggregation=zzzz",
+        "aggregation",
+        "appa|appa_paper|average|lse|max|maximin|maximin_close|maximin_conflict|min",
+    ),
     ("privacy.unit=persn", "privacy.unit", "'respondent'"),
     ("ppo=3", "ppo", "is a section"),
     ("~data", "data", "not removed"),

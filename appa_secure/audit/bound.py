@@ -8,17 +8,23 @@ probability at most
     P[X >= v] + 2 m delta * max_{1 <= i <= v} (1/i) P[v > X >= v - i],    X ~ Binomial(r, e^eps / (1 + e^eps)).
 
 It holds for any number of runs taken together, as long as every canary is in one of them only: side by side they are
-one release that is (epsilon, delta)-DP for each canary.
+one release that is (epsilon, delta)-DP for each canary. It holds however the guesses hang together, which is why it stays
+far below the epsilon of a Gaussian.
+
+Where all that a client claims is a Gaussian without subsampling, it claims more than one pair (epsilon, delta): mu-GDP
+(Dong, Roth and Su 2022, arXiv 1905.02383), under which a fair coin is guessed with probability at most Phi(mu / 2). And
+clients draw noise of their own, so that they are independent. `gaussian_bound` uses both.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 # Shares of the canaries that the auditor says something about: the surest guesses first. Chosen before any data.
 SHARES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
@@ -106,3 +112,31 @@ def audit(
         tried.append((lower_bound(m, guesses, correct, delta, level), guesses, correct))
     epsilon, guesses, correct = max(tried, key=lambda found: found[0])
     return Bound(epsilon, confidence, delta, m, guesses, correct, lower_bound(m, m, m, delta, level))
+
+
+def gaussian_bound(accuracy: NDArray[np.float64], confidence: float) -> float:
+    """The largest mu >= 0 that the shares of right guesses `accuracy` (n,), one of each client, refute; 0 for none.
+
+    Under mu-GDP every client's share has expectation at most p = Phi(mu / 2), given those before it and however its
+    guesses hang together. The product of shares / p then has expectation at most 1, and by Markov's inequality exceeds
+    1 / (1 - confidence) with probability 1 - confidence at most. Raises ValueError for no clients, or a confidence
+    outside (0, 1).
+    """
+    if not len(accuracy) or not 0 < confidence < 1:
+        raise ValueError(f"need clients and confidence in (0, 1), got {len(accuracy)} and {confidence}")
+    with np.errstate(divide="ignore"):
+        p = math.exp((np.log(accuracy).sum() + math.log(1 - confidence)) / len(accuracy))
+    return max(0.0, 2.0 * float(special.ndtri(p)))
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """The epsilon >= 0 of mu-GDP at `delta` in (0, 1), rounded down to 1e-6: Dong et al. 2022, corollary 2.13."""
+
+    def excess(epsilon: float) -> float:
+        high, low = special.log_ndtr(mu / 2 - epsilon / mu), special.log_ndtr(-mu / 2 - epsilon / mu)
+        return math.exp(high) - math.exp(epsilon + low) - delta
+
+    if mu <= 0 or excess(0.0) <= 0:
+        return 0.0
+    most = mu * mu / 2 - mu * float(special.ndtri(delta))  # where the first term alone is delta
+    return max(0.0, float(optimize.brentq(excess, 0.0, max(most, 1e-9), xtol=1e-7)) - 1e-6)

@@ -31,29 +31,42 @@ def _draw(height: float, panels: Sequence[Callable[[Axes], None]]) -> tuple[str,
 
 
 def bounds(views: Sequence[View]) -> tuple[str, bytes]:
-    """Claimed epsilon (bar), measured lower bound (dot), and what the canaries could prove at most (tick)."""
+    """Claimed epsilon (bar), measured lower bounds (dot, diamond), and what the dot could have been at most (line)."""
 
     def paint(axes: Axes) -> None:
-        top = max(max(v.claimed, v.bound.epsilon, v.bound.ceiling) for v in views)
+        top = max(max(v.claimed, v.measured, v.bound.ceiling) for v in views)
         for row, v in enumerate(reversed(views)):
             colour = ORANGE if v.exceeded else BLUE
             axes.barh(row, v.claimed, height=0.42, color=PALE, zorder=1)
             axes.plot([v.bound.ceiling] * 2, [row - 0.3, row + 0.3], color=MUTED, linewidth=1.2, zorder=2)
             axes.plot(v.bound.epsilon, row, "o", color=colour, markersize=8, zorder=3)
+            if v.gaussian is not None:
+                axes.plot(
+                    v.gaussian[0],
+                    row,
+                    "D",
+                    color=colour,
+                    markersize=7,
+                    fillstyle="none",
+                    zorder=3,
+                    clip_on=False,
+                )
             axes.annotate(
-                f"claimed ≤ {v.claimed:.2f}, measured ≥ {v.bound.epsilon:.2f}", (0, row + 0.34), color=colour,
-                fontsize=9, va="bottom",
+                f"claimed ≤ {v.claimed:.2f}, measured ≥ {v.measured:.2f}", (0, row + 0.34), color=colour, fontsize=9,
+                va="bottom",
             )  # fmt: skip
         axes.set_yticks(range(len(views)), [v.name for v in reversed(views)])
-        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="y", length=0, pad=8)
         axes.spines["left"].set_visible(False)
         axes.set_xlim(0, 1.05 * top)
         axes.set_ylim(-0.5, len(views) - 0.2)
         axes.grid(axis="x", color=FAINT, linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.set_xlabel("ε  (bar: claimed, dot: measured, line: most provable)")
+        axes.set_xlabel(
+            "ε  (bar: claimed; dot: any mechanism, line: its most;\ndiamond: Gaussian, clients independent)"
+        )
 
-    return _draw(0.9 + 0.62 * len(views), [paint])
+    return _draw(1.1 + 0.62 * len(views), [paint])
 
 
 def rocs(title: str, curves: Mapping[str, Roc]) -> tuple[str, bytes]:

@@ -7,10 +7,11 @@ repeated without differential privacy, as a control: an attack that fails there 
 
 - Predictor: the adversary holds the released parameters and the client's context; its score for an answer is the log
   of the predicted share.
-- Policy: `policy_shares` stands in for the policy. For the reward R that the real path gives N answers to each
-  question, the optimum of the KL-regularised objective over these N is pi(a) ~ exp(R(a) / beta); PPO on a language
-  model approaches it from far. The adversary reads the policy's expected answer. A policy that saw the question in
-  few steps says less.
+- Policy: the adversary reads the policy's expected answer; its score is the log of the share of the target's option.
+  The policy is the language model that the run trains, asked for many answers (`sampled_shares`), or, without the time
+  for that, a stand-in (`policy_shares`): for the reward R that the real path gives N answers to each question, the
+  optimum of the KL-regularised objective over these N is pi(a) ~ exp(R(a) / beta). PPO on a language model approaches
+  it from far, and says less of a question that it saw in few steps.
 """
 
 from __future__ import annotations
@@ -27,20 +28,23 @@ from appa_secure.agreement import Agreement
 from appa_secure.audit.canaries import scratch
 from appa_secure.config import Config
 from appa_secure.data import GroupData, Responses
+from appa_secure.errors import ConfigError
 from appa_secure.launch import LocalFederation, Parts, prepare
 from appa_secure.predictor import PreferencePredictor, context_points, predict, unflatten
+from appa_secure.progress import Progress
 from appa_secure.records import Journal, RunDir
-from appa_secure.tasks import answer_text, parse, random_answer
+from appa_secure.tasks import answer_text, parse, prompt, random_answer
 from clients.client import Client
 from clients.store import ClientStore
-from coordinator.predictor import record_ledger, train_predictor
+from coordinator.pipeline import Pipeline
 from coordinator.reward import FederatedReward
-from coordinator.rounds import Rounds, ask
+from coordinator.rounds import Rounds
 
 Floats = NDArray[np.float64]
 Coins = NDArray[np.bool_]
 
 ANSWERS = 24  # answers per question that the stand-in for the policy chooses from
+SAMPLES = 64  # answers per question that a language model is asked for
 
 
 @dataclass(frozen=True)
@@ -93,21 +97,24 @@ class Target:
 
 @dataclass(frozen=True)
 class Attacked:
-    """A finished training: targets, predicted shares client -> question -> (K,), expected answers question -> (K,)."""
+    """A finished training: targets, and what was read off it about each target's option.
+
+    predicted: share that its client's predictions give it (n,); policy: share in the policy's expected answer (n,).
+    """
 
     targets: list[Target]
-    predicted: dict[str, dict[str, Floats]]
-    policy: dict[str, Floats]
+    predicted: Floats
+    policy: Floats
 
     def predictor(self) -> Roc:
         """Membership from the predictor."""
-        return self._roc([self.predicted[t.client][t.question][t.option] for t in self.targets])
+        return self._roc(self.predicted)
 
     def answers(self) -> Roc:
         """Membership from the policy's answers."""
-        return self._roc([self.policy[t.question][t.option] for t in self.targets])
+        return self._roc(self.policy)
 
-    def _roc(self, shares: list[float]) -> Roc:
+    def _roc(self, shares: Floats) -> Roc:
         return roc(np.log(np.maximum(shares, 1e-12)), np.array([t.member for t in self.targets]))
 
 
@@ -116,11 +123,19 @@ def without_privacy(config: Config) -> Config:
     return config.model_copy(update={"privacy": config.privacy.model_copy(update={"enabled": False})})
 
 
-def attack(config: Config, progress: Callable[[int, int], None]) -> Attacked:
-    """Train the configured run's predictor on targets and score answers with it. progress: called with (rounds done,
-    rounds)."""
-    with scratch() as folder:
-        parts = prepare(config, Path(folder) / "run")
+def attack(config: Config, progress: Progress, language_model: bool = False) -> Attacked:
+    """Train the configured run on targets and score answers with it.
+
+    language_model: train the run's policy too and ask it, instead of the stand-in. Raises ConfigError for a policy that
+    is none.
+    """
+    if language_model and config.policy.kind == "tabular":
+        raise ConfigError("policy=tabular is no language model to attack. Fix: policy=tiny")
+    quiet = config.evaluation.model_copy(update={"truth": False})
+    until = "align" if language_model else "predictor"
+    config = config.model_copy(update={"evaluation": quiet, "until": until})
+    with scratch() as folder, RunDir.create(Path(folder) / "run") as run:
+        parts = prepare(config, run.root)
         parts = replace(
             parts, agreement=replace(parts.agreement, mode="clear", truth=False), client_root=Path(folder)
         )
@@ -131,46 +146,57 @@ def attack(config: Config, progress: Callable[[int, int], None]) -> Attacked:
             mine = _targets(name, group, parts.agreement, rng)
             holdings[name] = planted(group, parts.agreement, [t for t in mine if t.member])
             targets += mine
-        clients = {c: open_client(parts, c, holdings[c]) for c in parts.agreement.clients}
-        with RunDir.create(Path(folder) / "run") as run:
-            return _train(config, parts, clients, run, targets, progress)
+        agreement = parts.agreement
+        clients = {c: open_client(parts, c, holdings[c]) for c in agreement.clients}
+        federation = LocalFederation({c: client.handle for c, client in clients.items()})
+        pipeline = Pipeline(
+            config, agreement, parts.heldout, federation, run, progress, parts.nominal, parts.embeddings
+        )
+        pipeline.run()
+        theta = np.load(run.path("predictor") / "parameters.npy")
+        predicted = {c: _predicted(parts, c, theta) for c in clients}
+        if language_model:
+            policy = sampled_shares(agreement, pipeline.speaker(), config.task.style)
+        else:
+            journal = Journal(run.path("rewards.jsonl"))
+            try:
+                rounds = Rounds(agreement, federation, run)
+                reward = FederatedReward(agreement, rounds, journal, config.task.format_penalty)
+                policy = policy_shares(agreement, reward, config.ppo.kl_coef, config.seed)
+            finally:
+                journal.close()
+    return Attacked(
+        targets,
+        np.array([predicted[t.client][t.question][t.option] for t in targets]),
+        np.array([policy[t.question][t.option] for t in targets]),
+    )
 
 
-def _train(
-    config: Config,
-    parts: Parts,
-    clients: dict[str, Client],
-    run: RunDir,
-    targets: list[Target],
-    progress: Callable[[int, int], None],
-) -> Attacked:
-    agreement = parts.agreement
-    federation = LocalFederation({c: client.handle for c, client in clients.items()})
-    run.transcript.run(agreement.plan.run, agreement.digest().hex(), mode=agreement.mode)
-    ask(federation, "setup", run=agreement.plan.run, agreement=agreement.digest())
-    for client, reply in ask(federation, "context").items():
-        record_ledger(run.ledger, client, reply.body["ledger"])
-    rounds = Rounds(agreement, federation, run)
-    theta = train_predictor(
-        agreement, rounds, run, config.seed, config.predictor.server_lr,
-        lambda done, _: progress(done, agreement.plan.rounds),
-    )  # fmt: skip
-    ask(federation, "freeze", parameters=theta.astype("<f4").tobytes())
-    model = PreferencePredictor(agreement.predictor)
+def _predicted(parts: Parts, client: str, theta: NDArray[np.float32]) -> dict[str, Floats]:
+    """Question -> (K,) shares predicted by the parameters `theta` (P,) for the context in the client's store."""
+    model = PreferencePredictor(parts.agreement.predictor)
     unflatten(model, theta)
-    predicted = {}
-    for client in clients:
-        shares = stolen_context(parts, client)
-        points = context_points([parts.embeddings[q] for q in shares], list(shares.values()))
-        found = predict(model, points, [parts.embeddings[q] for q in agreement.plan.train])
-        predicted[client] = dict(zip(agreement.plan.train, found, strict=True))
-    journal = Journal(run.path("rewards.jsonl"))
-    try:
-        reward = FederatedReward(agreement, rounds, journal, config.task.format_penalty)
-        policy = policy_shares(agreement, reward, config.ppo.kl_coef, config.seed)
-    finally:
-        journal.close()
-    return Attacked(targets, predicted, policy)
+    shares, asked = stolen_context(parts, client), parts.agreement.plan.train
+    points = context_points([parts.embeddings[q] for q in shares], list(shares.values()))
+    return dict(zip(asked, predict(model, points, [parts.embeddings[q] for q in asked]), strict=True))
+
+
+def sampled_shares(
+    agreement: Agreement, generate: Callable[[list[str], int], list[list[str]]], style: str
+) -> dict[str, Floats]:
+    """Question -> (K,) mean of `SAMPLES` answers of a language model; those that cannot be read are left out.
+
+    generate: (prompts, samples) -> the texts for each prompt.
+    """
+    asked = agreement.plan.train
+    texts = generate([prompt(agreement.questions[q], agreement.task, style) for q in asked], SAMPLES)
+    out = {}
+    for q, row in zip(asked, texts, strict=True):
+        found = [_shares(text, agreement, q) for text in row]
+        answers = [f for f in found if f is not None]
+        k = len(agreement.questions[q].options)
+        out[q] = np.mean(answers, axis=0) if answers else np.full(k, 1.0 / k)
+    return out
 
 
 def policy_shares(agreement: Agreement, reward: FederatedReward, beta: float, seed: int) -> dict[str, Floats]:
@@ -191,15 +217,15 @@ def policy_shares(agreement: Agreement, reward: FederatedReward, beta: float, se
     out = {}
     for q in agreement.plan.train:
         rows = [i for i, asked in enumerate(qids) if asked == q]
-        answers = np.stack([_shares(texts[i], agreement, q) for i in rows])  # (N, K)
+        answers = np.stack([a for i in rows if (a := _shares(texts[i], agreement, q)) is not None])  # (N, K)
         out[q] = special.softmax(rewards[rows] / max(beta, 1e-3)) @ answers
     return out
 
 
-def _shares(text: str, agreement: Agreement, question: str) -> Floats:
-    parsed = parse(text, agreement.questions[question], agreement.task)
-    assert parsed is not None
-    return np.asarray(parsed / max(parsed.sum(), 1e-12))
+def _shares(text: str, agreement: Agreement, question: str) -> Floats | None:
+    """(K,) shares of an answer; None for one that cannot be read."""
+    parsed = parse(text, agreement.questions[question], agreement.task, agreement.max_weight)
+    return None if parsed is None else np.asarray(parsed / max(parsed.sum(), 1e-12))
 
 
 def _targets(name: str, group: GroupData, agreement: Agreement, rng: np.random.Generator) -> list[Target]:

@@ -38,9 +38,10 @@ class Findings:
 
 
 def investigate(
-    config: Config, planted: int, confidence: float, attacks: bool, progress: Progress
+    config: Config, planted: int, confidence: float, attacks: bool, policy: bool, progress: Progress
 ) -> Findings:
-    """Audit `config` with at least `planted` training canaries. Raises ConfigError where it claims no privacy."""
+    """Audit `config` with at least `planted` training canaries. policy: attack the run's language model too. Raises
+    ConfigError where it claims no privacy."""
     views = canaries.measure(
         config, planted, confidence, lambda done, total: progress.step("canaries", done, total)
     )
@@ -48,13 +49,13 @@ def investigate(
     contexts: dict[str, Reconstruction] = {}
     if attacks:
         for name, variant in (("private", config), ("without privacy", membership.without_privacy(config))):
-            stage = f"membership, {name}"
-            found = membership.attack(
-                variant,
-                lambda done, total, stage=stage: progress.step(stage, done, total),  # type: ignore[misc]
-            )
+            progress.note(f"membership, {name}")
+            found = membership.attack(variant, progress)
             curves.setdefault("predictor", {})[name] = found.predictor()
-            curves.setdefault("policy answers", {})[name] = found.answers()
+            curves.setdefault("policy stand-in", {})[name] = found.answers()
+            if policy:
+                answers = membership.attack(variant, progress, language_model=True).answers()
+                curves.setdefault("language model", {})[name] = answers
         if config.privacy.unit != "record":
             contexts = reconstruction.attack(
                 config, _GROUPS, lambda done, total: progress.step("context", done, total)
@@ -94,7 +95,12 @@ def as_data(found: Findings) -> dict[str, Any]:
         "delta": p.delta,
         "exceeded": [v.name for v in found.exceeded],
         "canaries": [
-            {"release": v.name, "adversary": v.adversary, "claimed": v.claimed, "exceeded": v.exceeded, **asdict(v.bound)}
+            {
+                "release": v.name, "adversary": v.adversary, "claimed": v.claimed, "exceeded": v.exceeded,
+                "gaussian": None if v.gaussian is None else v.gaussian[0],
+                "gaussian_ceiling": None if v.gaussian is None else v.gaussian[1],
+                **asdict(v.bound), "confidence": v.confidence,
+            }
             for v in found.views
         ],
         "membership": {
@@ -127,21 +133,28 @@ def markdown(found: Findings) -> str:
         "",
         "## Canaries: measured lower bounds beside the claim",
         "",
-        "| release | adversary | claimed ε ≤ | measured ε ≥ | right guesses | canaries | most that could be proved |",
-        "|---|---|---|---|---|---|---|",
+        "| release | adversary | claimed ε ≤ | measured ε ≥, any mechanism | measured ε ≥, Gaussian | right guesses | "
+        "canaries | most that could be proved |",
+        "|---|---|---|---|---|---|---|---|",
         *(
-            f"| {v.name} | {v.adversary} | {v.claimed:.2f} | {v.bound.epsilon:.2f} | {v.bound.correct} of "
-            f"{v.bound.guesses} | {v.bound.canaries} | {v.bound.ceiling:.2f} |"
+            f"| {v.name} | {v.adversary} | {v.claimed:.2f} | {v.bound.epsilon:.2f} | {_or_dash(v.gaussian, 0)} | "
+            f"{v.bound.correct} of {v.bound.guesses} | {v.bound.canaries} | {v.bound.ceiling:.2f}, {_or_dash(v.gaussian, 1)} |"
             for v in found.views
         ),
         "",
-        f"Each measured bound holds with {100 * found.views[0].bound.confidence:g} % confidence. A lower bound below the "
-        "claim proves nothing: it says what this adversary could show. A lower bound above it proves that the claim is "
-        "wrong. A claim above the last column could not have been refuted with so few canaries: plant more.",
+        f"The measured bounds of a row hold together with {100 * found.views[0].confidence:g} % confidence. A lower bound "
+        "below the claim proves nothing: it says what this adversary could show. A lower bound above it proves that the "
+        "claim is wrong. A claim above both numbers of the last column could not have been refuted with so few canaries: "
+        "plant more. The Gaussian column takes from the ledger that the noise is Gaussian and not subsampled, from the "
+        "protocol that clients' noise is independent, and refutes how much of it there is.",
         "",
     ]
-    if len(found.views) == 1:
-        lines += ["Training rounds release nothing of their own here: they are post-processing.", ""]
+    if found.config.privacy.mechanism == "histogram":
+        lines += [
+            "Training rounds pay for nothing of their own here: they are post-processing of the histograms, and held to "
+            "the histograms' claim.",
+            "",
+        ]
     if found.membership:
         lines += [
             "## Membership inference: was this answer in the training data?",
@@ -153,12 +166,14 @@ def markdown(found: Findings) -> str:
     return "\n".join(lines)
 
 
+def _or_dash(pair: tuple[float, float] | None, index: int) -> str:
+    return "–" if pair is None else f"{pair[index]:.2f}"
+
+
 def _verdict(found: Findings) -> str:
     if not found.exceeded:
         return "**No claim was refuted.**"
-    names = ", ".join(
-        f"{v.name} (ε ≥ {v.bound.epsilon:.2f}, claimed {v.claimed:.2f})" for v in found.exceeded
-    )
+    names = ", ".join(f"{v.name} (ε ≥ {v.measured:.2f}, claimed {v.claimed:.2f})" for v in found.exceeded)
     return f"**REFUTED: {names}.** The build, or the accounting, is broken."
 
 
@@ -173,7 +188,8 @@ def _curves(found: Mapping[str, Mapping[str, Roc]]) -> list[str]:
         ),
         "",
         "AUC 0.5 is guessing. One answer per question trains the predictor here, the case in which most is remembered. "
-        "The policy is the optimum for the real rewards over a few answers per question, not a language model.",
+        "The stand-in is the optimum for the real rewards over a few answers per question; the language model is the one "
+        "that the run trains.",
         "",
     ]
 

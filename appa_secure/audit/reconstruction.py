@@ -319,7 +319,7 @@ def _judge(
 ) -> Reconstruction:
     """known: the answers without the one more, which the adversary knows; data: what the client really holds."""
     errors = [shares * data.counts[q].sum() - data.counts[q] for q, shares in context.items()]
-    noise = agreement.context_noise if agreement.plan.private else 0.0
+    noise = agreement.histogram_release[1] if agreement.plan.private else 0.0
     scores = []
     for q, k in cells:
         count, total = known.counts[q][k], known.counts[q].sum()

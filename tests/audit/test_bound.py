@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from appa_secure.audit.bound import SHARES, audit, lower_bound, p_value
+from appa_secure.audit.bound import SHARES, audit, gaussian_bound, gaussian_epsilon, lower_bound, p_value
 
 
 def exact(m: int, r: int, v: int, odds: Fraction, delta: Fraction) -> Fraction:
@@ -104,7 +105,40 @@ def test_the_order_of_equal_scores_knows_nothing_of_the_coins() -> None:
     assert audit(np.ones(1000), coins, 0.0, 0.95).epsilon == 0.0
 
 
+@pytest.mark.parametrize("mu", [0.2, 1.0, 3.0])
+def test_epsilon_of_mu_gdp_is_where_its_delta_is(mu: float) -> None:
+    """Dong, Roth and Su 2022, corollary 2.13, the other way round; integrated numerically."""
+    found = gaussian_epsilon(mu, 1e-5)
+    x = np.linspace(-12, 12 + mu, 200_001)
+    there, absent = stats.norm.pdf(x, mu), stats.norm.pdf(x)
+    delta = np.maximum(there - math.exp(found) * absent, 0.0).sum() * (x[1] - x[0])
+    assert delta == pytest.approx(1e-5, rel=1e-3)
+    assert gaussian_epsilon(0.0, 1e-5) == 0.0
+    assert gaussian_epsilon(1e-6, 1e-5) == 0.0
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5, 2.0])
+def test_gaussian_clients_are_hardly_ever_accused_of_less_noise(mu: float) -> None:
+    """Also where all guesses of a client are right or wrong together, which its own claim does not rule out."""
+    rng = np.random.default_rng(8)
+    right, wrong = stats.norm.cdf(mu / 2), 0
+    for together in (False, True):
+        for _ in range(200):
+            size = (40, 1) if together else (40, 30)
+            wrong += gaussian_bound((rng.random(size) < right).mean(axis=1), 0.95) > mu
+    assert wrong <= 34  # P[Binomial(400, 0.05) > 34] < 0.002
+
+
+def test_half_the_noise_of_many_clients_is_seen() -> None:
+    rng = np.random.default_rng(9)
+    accuracy = rng.binomial(200, stats.norm.cdf(1.0), size=80) / 200  # mu = 2 where 1 is claimed
+    assert 1.5 < gaussian_bound(accuracy, 0.95) < 2.0
+    assert gaussian_bound(np.append(accuracy, 0.0), 0.95) == 0.0
+
+
 def test_refused() -> None:
+    with pytest.raises(ValueError, match="need clients"):
+        gaussian_bound(np.zeros(0), 0.95)
     with pytest.raises(ValueError, match="correct <= guesses"):
         p_value(5, 6, 1, 0.0, 0.0)
     with pytest.raises(ValueError, match="epsilon >= 0"):

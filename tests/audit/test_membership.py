@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appa_secure.audit.membership import Target, planted, roc
+from appa_secure.audit.membership import SAMPLES, Target, planted, roc, sampled_shares
+from appa_secure.tasks import answer_text
 from tests.clients.world import make_group, make_questions, make_world
 
 
@@ -34,6 +35,26 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
         found = roc(rng.standard_normal(200) + member, member)
         hits += found.low <= truth <= found.high
     assert hits >= 270  # of 300; 285 are expected
+
+
+def test_a_language_model_is_read_by_its_mean_answer(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    agreement = make_world(tmp_path).agreement
+    asked = []
+
+    def generate(prompts: list[str], samples: int) -> list[list[str]]:
+        asked.append((len(prompts), samples))
+        sizes = [len(agreement.questions[q].options) for q in agreement.plan.train]
+        texts = [
+            [answer_text([10 * (i == j) for i in range(k)], agreement.task) for j in (0, 0, 1)] for k in sizes
+        ]
+        return [[*row, "nothing to be read"] for row in texts[:-1]] + [["nothing"]]
+
+    found = sampled_shares(agreement, generate, "short")
+    assert asked == [(len(agreement.plan.train), SAMPLES)]
+    for q in agreement.plan.train[:-1]:
+        np.testing.assert_allclose(found[q][:2], [2 / 3, 1 / 3])
+    last = found[agreement.plan.train[-1]]
+    np.testing.assert_allclose(last, 1 / len(last))
 
 
 def test_only_members_and_the_context_are_left(tmp_path) -> None:  # type: ignore[no-untyped-def]

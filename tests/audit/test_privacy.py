@@ -80,7 +80,7 @@ def test_everything_found_is_written_and_drawn(tmp_path: Path) -> None:
     more = rng.random(20) < 0.5
     found = privacy.Findings(
         compose(["experiment=smoke"]),
-        [View("update", "somebody", 2.0, bound)],
+        [View("update", "somebody", 2.0, bound, (3.0, 9.0), 0.95), View("context", "a thief", 4.0, bound, None, 0.95)],
         {"predictor": {"private": roc(rng.random(60), member), "without privacy": roc(member + rng.random(60), member)}},
         {
             "raw": Reconstruction(np.zeros(80), np.where(more, 1.0, -1.0), more, 0.0),
@@ -97,4 +97,7 @@ def test_everything_found_is_written_and_drawn(tmp_path: Path) -> None:
     assert written["context"]["raw"]["hits"] == 20
     assert written["context"]["private"]["limit"] == pytest.approx(0.5249, abs=1e-4)
     text = privacy.markdown(found)
-    assert "post-processing" in text  # one view alone: the rounds release nothing of their own
+    assert "update (ε ≥ 3.00, claimed 2.00)" in text
+    assert "| 2.00 | 2.50 | 3.00 | 77 of 80 | 400 | 4.00, 9.00 |" in text
+    assert "| 4.00 | 2.50 | – | 77 of 80 | 400 | 4.00, – |" in text
+    assert written["canaries"][0]["gaussian"] == 3.0

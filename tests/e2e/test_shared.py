@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,17 +50,16 @@ def results(run: Path) -> dict[str, Any]:
     }
 
 
-def child(command: list[str], **_: Any) -> types.SimpleNamespace:
+def child(arguments: list[str], log: Path | None, threads: int) -> int:
     """What the sweep starts as a process of its own, in this one."""
-    arguments = command[command.index("run") + 1 :]
     resume = Path(arguments[1]) if arguments[0] == "--resume" else None
     launch.run(load(resume / CONFIG) if resume else compose(arguments), resume)
-    return types.SimpleNamespace(returncode=0)
+    return 0
 
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeping.subprocess, "run", child)
+    monkeypatch.setattr(sweeping.children, "run", child)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +68,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[sweeping.Memb
     root = tmp_path_factory.mktemp("swept")
     members = sweeping.plan([*OPTIONS, "aggregation=min,average", "name=both", *place(root)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweeping.subprocess, "run", child)
+        patch.setattr(sweeping.children, "run", child)
         assert sweeping.run_all(members, 1, lambda line: None) == [True, True]
     return members, root
 
@@ -244,7 +242,7 @@ def test_a_predictor_that_fails_takes_its_members_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     members = sweeping.plan([*OPTIONS, "aggregation=min,average", "name=both", *place(tmp_path)])
-    monkeypatch.setattr(sweeping.subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=1))
+    monkeypatch.setattr(sweeping.children, "run", lambda *_: 1)
     said: list[str] = []
     assert sweeping.run_all(members, 2, said.append) == [False, False]
     assert sum("its predictor did not finish" in line for line in said) == 2
