@@ -217,7 +217,8 @@ def test_the_search_finds_true_distributions_where_sites_allow_measuring(ears) -
     capture = ears("evaluation.truth=true")
     check_it_was_a_real_run(capture)
     assert capture.summary["stamp"] == "not private"
-    assert capture.found("reply/") == {"true distribution", "prediction"}
+    # A client also tells its weight, which is one of the numbers of its vector.
+    assert capture.found("reply/") == {"true distribution", "prediction", "reward"}
     assert not capture.found("request/", "log", "stdout", "stderr", "file/")
 
 
