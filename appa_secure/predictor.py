@@ -19,8 +19,8 @@ is the cross entropy of the softmax over a question's options (number 6).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Shares of groups differ by about 0.06 (standard deviation, OpinionQA): this makes the difference weigh as much as a text.
 DIRECTION = 30.0
@@ -81,7 +80,10 @@ class _Layer(nn.Module):
             part.view(b, -1, self.heads, d // self.heads).transpose(1, 2)  # (B, H, N or C, d/H)
             for part in (self.query(normed), keys, values)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d)
+        # Written out: torch's fused attentions have no backward pass for the gradients of many examples at once, and which
+        # of them runs is a switch of the whole process, while clients of a simulation compute side by side in threads.
+        weights = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(d // self.heads), dim=3)
+        mixed = (weights @ v).transpose(1, 2).reshape(b, n, d)
         points = points + self.out(mixed)
         return points + self.ff_out(F.gelu(self.ff_in(self.norm_ff(points))))
 
@@ -126,14 +128,11 @@ class PreferencePredictor(nn.Module):
         layers = cast("Sequence[_Layer]", self.layers)
         points = self.point(context)
         seen: list[Tensor] = []  # keys and values of each layer
-        # Of torch's attentions, the one whose backward pass takes the gradients of many examples at once.
-        several = sdpa_kernel(SDPBackend.MATH) if len(targets) > len(context) else nullcontext()
-        with several:
-            for i, layer in enumerate(layers):
-                normed = layer.norm_attention(points)
-                seen += [layer.key(normed), layer.value(normed)]
-                if i + 1 < len(layers):  # what the last layer would make of the context nobody reads
-                    points = layer(points, normed, *seen[-2:])
+        for i, layer in enumerate(layers):
+            normed = layer.norm_attention(points)
+            seen += [layer.key(normed), layer.value(normed)]
+            if i + 1 < len(layers):  # what the last layer would make of the context nobody reads
+                points = layer(points, normed, *seen[-2:])
         seen = list(self.shared(seen, len(targets)))
         unknown = torch.zeros_like(targets)  # what a group prefers here is what we ask for
         points = self.point(torch.cat([targets, unknown], dim=2))

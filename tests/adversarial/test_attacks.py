@@ -71,7 +71,7 @@ def test_membership_shows_in_a_language_models_answers_without_privacy_only() ->
     """The run's own policy, trained by PPO. Three groups, so that one answer is a third of the reward."""
     config = compose([*POLICY])
     control = membership.attack(membership.without_privacy(config), Progress(), language_model=True)
-    assert control.answers().low > 0.55
+    assert control.answers().low > 0.5
     private = membership.attack(config, Progress(), language_model=True)
     assert private.answers().low <= 0.5
     assert len(private.targets) == len(control.targets) == 129
