@@ -1,7 +1,7 @@
 """Runs of a sweep as processes of their own, forked from one that has imported everything already.
 
 Importing torch, Opacus, TRL and what they pull in takes as long as a small run. Python's fork server does it once per
-sweep; each run is forked from it, before any thread was started there, and is as separate as a fresh interpreter.
+sweep; each run is forked from it and is a process of its own. That server computes nothing and starts no Python thread.
 """
 
 from __future__ import annotations

@@ -61,12 +61,16 @@ class Member:
             raise RunError(
                 f"{self.directory} holds a run with another configuration: choose another sweep by name=..."
             )
+        return self.ended
+
+    @property
+    def ended(self) -> bool:
+        """Whether a run in the folder has ended well, whatever its configuration."""
         return (self.directory / records.SUMMARY).exists()
 
     def summary(self) -> dict[str, Any] | None:
         """The run's summary.json; None while it has not ended well."""
-        path = self.directory / records.SUMMARY
-        return json.loads(path.read_text("utf-8")) if path.exists() else None
+        return json.loads((self.directory / records.SUMMARY).read_text("utf-8")) if self.ended else None
 
 
 def plan(overrides: list[str]) -> tuple[Member, ...]:
@@ -172,7 +176,7 @@ def run_all(members: Sequence[Member], jobs: int, say: Callable[[str], None]) ->
         # Predictors first: the pool is a queue, so nobody waits for one that has not begun.
         origins: dict[Path, Future[bool]] = {}
         for member in ordered:
-            if (o := member.origin) is not None and o.directory not in origins and not _ended(member):
+            if (o := member.origin) is not None and o.directory not in origins and not member.ended:
                 origins[o.directory] = pool.submit(execute, o, say, threads, jobs > 1)
         running = {
             member.directory: pool.submit(
@@ -188,14 +192,10 @@ def run_all(members: Sequence[Member], jobs: int, say: Callable[[str], None]) ->
             raise
 
 
-def _ended(member: Member) -> bool:
-    return (member.directory / records.SUMMARY).exists()
-
-
 def _after(
     origin: Future[bool] | None, member: Member, say: Callable[[str], None], threads: int, logged: bool
 ) -> bool:
-    if origin is not None and not _ended(member) and not origin.result():
+    if origin is not None and not member.ended and not origin.result():
         say(f"{member.directory.name}: its predictor did not finish")
         return False
     return execute(member, say, threads, logged)

@@ -28,7 +28,6 @@ import torch
 from numpy.typing import NDArray
 from scipy import optimize, special, stats
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from appa_secure.agreement import REWARD, Agreement
 from appa_secure.audit.canaries import request, scratch
@@ -284,8 +283,7 @@ class _Inverse:
         parts = z.split(self._sizes)
         rows = torch.stack([part @ step for part, step in zip(parts, self._steps, strict=True)])  # (C, E)
         points = torch.cat([self._texts, rows], dim=1)
-        with sdpa_kernel(SDPBackend.MATH):  # the only one with forward derivatives
-            found = self._model(points[None], self._targets)[0]  # (N,)
+        found = self._model(points[None], self._targets)[0]  # (N,)
         likely = log_likelihood(found[self._place], self._mask)
         means = likely.masked_fill(~self._mask, 0.0).sum(dim=1) / self._mask.sum(dim=1)
         return (likely - means[:, None])[self._mask]
