@@ -204,9 +204,11 @@ class FederatedReward(StepReward):
             return row
         self._discarded = 0
         result, histories, weights = outcome
+        # Beside rewards of the published formula, which are about a G-th of the groups', the plain penalty would be a prize.
+        rewards = [None if i in barred else result.scale * self.format_penalty for i in range(len(qids))]
         for i, value in zip(valid, result.rewards.tolist(), strict=True):
             rewards[i] = value
-        row.update(opened=True, histories=histories, weights=weights)
+        row.update(opened=True, rewards=rewards, histories=histories, weights=weights)
         row["result"] = {k: v for k, v in asdict(result).items() if k != "rewards"}
         return row
 

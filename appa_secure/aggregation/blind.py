@@ -177,6 +177,8 @@ def outcome(spec: AggregationSpec, sums: Sums) -> StepResult:
     z = float(sums["Z"][0]) if "Z" in sums.parts else None
     if z is not None and z <= 0.0:
         raise ValueError("sum of segment Z is not positive: too few fractional bits for this temperature")
+    alpha_sum = float(sums["A"][0]) if "A" in sums.parts else None
+    published = spec.kind == "appa" and spec.variant == "paper" and branch == "lse"
     soft_min = None if z is None else spec.band[0] - spec.temperature * float(np.log(z / sums.groups))
     return StepResult(
         rewards=np.clip(rewards, 0.0, 1.0),
@@ -186,7 +188,8 @@ def outcome(spec: AggregationSpec, sums: Sums) -> StepResult:
         h_mean=float(sums["H1"][0]) / sums.groups,
         h_jain=float(jain(sums["H1"], sums["H2"], sums.groups)[0]),
         soft_min=soft_min,
-        alpha_sum=float(sums["A"][0]) if "A" in sums.parts else None,
+        alpha_sum=alpha_sum,
+        scale=alpha_sum / sums.groups if published and alpha_sum is not None else 1.0,
     )
 
 

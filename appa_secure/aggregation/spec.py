@@ -132,6 +132,9 @@ class StepResult:
         soft_min: -T·log(z_next/G), a smooth minimum of the histories: min h ≤ soft_min ≤ mean h (`appa`).
         alpha_sum: A, the sum of the weights as sent, over the groups that took part (`appa`, `maximin`). `paper`: Σα,
             1 up to rounding unless the roster changed; else Σ exp(-h/T) before the step, G on the first.
+        scale: what `rewards` are multiples of: a reward of r from every group gives about scale·r, in (0, 1]. 1 but for
+            the log-sum-exp branch of `paper`, Σα/G (from log(1 + x) ≈ x and exp(x) ≈ 1 + x). Rewards that do not come
+            from groups, such as that of an unreadable answer, are put on it.
     """
 
     rewards: Floats
@@ -142,6 +145,7 @@ class StepResult:
     h_jain: float
     soft_min: float | None
     alpha_sum: float | None
+    scale: float = 1.0
 
 
 def jain_to_index(jain: Floats, fi: FairnessForm) -> Floats:

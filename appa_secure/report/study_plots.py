@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import pandas as pd
 from matplotlib import rc_context
@@ -23,6 +24,7 @@ _MARKS = ("o", "s", "^", "D")  # a second sign beside colour, as in `plots.DASHE
 _HATCHES = ("", "///", "...")
 _SPOKEN = {"min": "worst-off group", "avg": "average group"}
 _COLUMNS = 2  # axes in a row
+_FAR = 10.0
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,27 @@ def _draw_all(name: str, caption: str, paint: Callable[[Figure], None], height: 
 
 
 def _plane(study: Study, part: str, split: str, name: str) -> Drawing:
+    means = {
+        condition: tuple(study.estimate(condition, part, split, metric) for metric in ("avg", "min"))
+        for condition in study.conditions
+    }
+    known = {c: (x.mean, y.mean) for c, (x, y) in means.items() if x is not None and y is not None}
+    far = {c for axis in (0, 1) for c in _far({c: at[axis] for c, at in known.items()})}
+
     def paint(axes: Axes) -> None:
         if reachable := study.frontier(split):
             x_best, y_best = zip(*reachable, strict=True)
             axes.plot(x_best, y_best, "-", color=MUTED, linewidth=1.4, label="attainable")
         for index, condition in enumerate(study.conditions):
             colour, mark = LINES[index % len(LINES)], _MARKS[index // len(LINES) % len(_MARKS)]
-            x, y = (study.estimate(condition, part, split, metric) for metric in ("avg", "min"))
+            x, y = means[condition]
             if x is None or y is None:
+                continue
+            if condition in far:
+                axes.plot(
+                    [], [], mark, color=colour, markerfacecolor="none",
+                    label=f"{shorten(condition, 40)}: off, at {x.mean:.2f}, {y.mean:.2f}",
+                )  # fmt: skip
                 continue
             axes.errorbar(
                 x.mean, y.mean, xerr=_reach(x), yerr=_reach(y), fmt=mark, color=colour, markersize=6, linewidth=1.2,
@@ -97,7 +112,17 @@ def _plane(study: Study, part: str, split: str, name: str) -> Drawing:
     height = max(3.6, 0.6 + 0.2 * len(study.conditions))
     caption = f"Average against worst-off group, {name} questions: means and 95 % intervals over seeds, dots are seeds"
     caption += "; the grey line is what is attainable" if study.frontier(split) else ""
+    caption += "; hollow signs lie outside" if far else ""
     return _draw(f"plane_{split}", caption, paint, height)
+
+
+def _far(values: Mapping[str, float]) -> set[str]:
+    """Conditions so far from the others that one scale for all would show nothing else: ten times the median distance from
+    the median, and a tenth of the range of scores."""
+    middle = median(values.values()) if values else 0.0
+    away = {condition: abs(value - middle) for condition, value in values.items()}
+    limit = max(_FAR * median(away.values()), 0.1) if away else 0.0
+    return {condition for condition, distance in away.items() if distance > limit}
 
 
 def _groups(study: Study, part: str, split: str, name: str) -> Drawing:
@@ -247,8 +272,9 @@ def _weights(study: Study) -> list[Drawing]:
                 mean = smooth([sum(groups[group][step]) / len(groups[group][step]) for step in at])
                 dash = DASHES[index // len(LINES) % len(DASHES)]
                 axes.plot(
-                    at, mean, dash, color=LINES[index % len(LINES)], linewidth=1.3, label=shorten(group, 18)
-                )
+                    at, mean, dash, color=LINES[index % len(LINES)], linewidth=1.3, label=shorten(group, 18),
+                    marker="o" if len(at) == 1 else None, markersize=4,
+                )  # fmt: skip
             axes.set_title(shorten(condition, 30), loc="left", fontsize=8, color=MUTED)
             axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
             axes.label_outer()

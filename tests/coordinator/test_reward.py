@@ -279,6 +279,25 @@ def test_a_cohort_pays_once_per_member_and_step(tmp_path: Path) -> None:
         assert {row["mechanism"] for row in run.output_ledger} == {MECHANISM}
 
 
+def test_the_penalty_is_on_the_scale_of_the_rules_rewards(tmp_path: Path) -> None:
+    """The published formula's rewards are about a fifth of five groups': to write no answer must not pay better."""
+    rewards = {}
+    for name in ("weighted", "paper"):
+        world = ready(tmp_path / name, spec=SPECS[name])
+        qids, texts = rollouts(world, 1)
+        texts[1] = "no answer"
+        with world.run_dir() as run:
+            reward = federated(world, run, penalty=0.5)
+            rewards[name] = [r for r in reward.step(1, qids, texts) if r is not None]
+            row = reward.rows[1]
+            scale = row["result"]["scale"]
+            assert scale == (1.0 if name == "weighted" else pytest.approx(0.2, abs=1e-6))
+            assert rewards[name][1] == 0.5 * scale
+    # Unreadable and mean readable answers are in about the same proportion under both.
+    shares = {name: r[1] / np.mean(r[:1] + r[2:]) for name, r in rewards.items()}
+    assert shares["paper"] == pytest.approx(shares["weighted"], rel=0.1)
+
+
 def test_completions_that_are_no_answers_get_the_penalty_and_are_never_sent(tmp_path: Path) -> None:
     world = ready(tmp_path)
     qids, texts = rollouts(world, 1)

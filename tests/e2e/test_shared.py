@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import shutil
 import signal
 import time
@@ -190,20 +189,23 @@ def test_a_client_that_was_handed_a_context_never_makes_or_trains_on_another(
 # -- kills -----------------------------------------------------------------------------------------------------
 
 
-def killed_when(work: Callable[[], object], reached: Callable[[], bool]) -> None:
-    """Do `work` in another process and send it SIGKILL as soon as `reached`."""
-    process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+def sweep(members: tuple[sweeping.Member, ...]) -> list[bool]:
+    sweeping.children.run = child  # its runs in this process, so that one signal stops them all
+    return sweeping.run_all(members, 1, lambda line: None)
+
+
+def killed_when(members: tuple[sweeping.Member, ...], reached: Callable[[], bool]) -> None:
+    """Sweep over `members` in another process and send it SIGKILL as soon as `reached`."""
+    # Not a fork of this one: what it has computed in threads leaves torch's libraries in a state that crashes a child.
+    process = multiprocessing.get_context("forkserver").Process(target=sweep, args=(members,), daemon=True)
     process.start()
-    try:
-        until = time.monotonic() + 120
-        while not reached():
-            assert process.is_alive(), "the work ended before it could be killed"
-            assert time.monotonic() < until
-            time.sleep(0.002)
-    finally:
-        os.kill(process.pid or 0, signal.SIGKILL)
-        process.join()
-    assert process.exitcode == -signal.SIGKILL
+    until = time.monotonic() + 120
+    while process.is_alive() and not reached() and time.monotonic() < until:
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the work ended before it could be killed"
+    assert reached()
 
 
 def test_kills_during_the_predictor_and_during_a_member_leave_no_trace(
@@ -213,23 +215,20 @@ def test_kills_during_the_predictor_and_during_a_member_leave_no_trace(
     members = sweeping.plan([*OPTIONS, "aggregation=min,average", "name=both", *place(tmp_path)])
     base, (first, second) = origin_of(members[0]), (m.directory for m in members)
 
-    def sweep() -> list[bool]:
-        return sweeping.run_all(members, 1, lambda line: None)
-
     def lines(path: Path, count: int) -> Callable[[], bool]:
         return lambda: path.exists() and path.read_bytes().count(b"\n") >= count
 
     def done(run: Path, stage: str) -> Callable[[], bool]:
         return lambda: (run / "stages" / f"{stage}.json").exists()
 
-    killed_when(sweep, lines(base / "privacy_ledger.jsonl", 1))  # while clients pay
-    killed_when(sweep, lambda: (base / "predictor" / "state.npz").exists())  # between rounds
-    killed_when(sweep, done(base, "predictor"))  # before its summary
-    killed_when(sweep, lambda: (first / "stages").is_dir())  # while clients are handed their part
-    killed_when(sweep, done(first, "setup"))  # while the ledger is copied
-    killed_when(sweep, lines(first / "rewards.jsonl", 2))  # in alignment
-    killed_when(sweep, lambda: (second / "stages").is_dir())
-    assert sweep() == [True, True]
+    killed_when(members, lines(base / "privacy_ledger.jsonl", 1))  # while clients pay
+    killed_when(members, lambda: (base / "predictor" / "state.npz").exists())  # between rounds
+    killed_when(members, done(base, "predictor"))  # before its summary
+    killed_when(members, lambda: (first / "stages").is_dir())  # while clients are handed their part
+    killed_when(members, done(first, "setup"))  # while the ledger is copied
+    killed_when(members, lines(first / "rewards.jsonl", 2))  # in alignment
+    killed_when(members, lambda: (second / "stages").is_dir())
+    assert sweep(members) == [True, True]
     for member, calm in zip(members, undisturbed, strict=True):
         for name, found in results(calm.directory).items():
             assert results(member.directory)[name] == found, name

@@ -17,6 +17,7 @@ from appa_secure.errors import ConfigError, RunError
 from appa_secure.report import render_study, study_markdown
 from appa_secure.report.study import Estimate, load_study, write_results
 from appa_secure.report.study_page import means_heads, means_table
+from appa_secure.report.study_plots import _far
 
 SEEDS = (1, 2, 3)
 SHIFT = {"average": 0.0, "min": 0.02}
@@ -173,6 +174,14 @@ def test_the_report_shows_tables_figures_and_what_is_missing(sweep: Path) -> Non
     assert "Not finished: aggregation-max_seed-1" in text
     assert "No ledger pays for a choice" in text
     assert not math.isnan(load_study(sweep).frame["value"].sum())
+
+
+def test_a_plane_leaves_out_what_would_hide_the_differences_between_all_others() -> None:
+    close = {"a": 0.900, "b": 0.905, "c": 0.897, "d": 0.902}
+    assert _far(close | {"broken": 0.03}) == {"broken"}
+    assert _far(close | {"worse": 0.85}) == set()
+    assert _far({"one": 0.9, "other": 0.1}) == set()
+    assert _far({}) == set()
 
 
 def test_a_folder_that_is_no_sweep_or_has_no_finished_run_is_refused(tmp_path: Path) -> None:
