@@ -18,6 +18,7 @@ import typer
 from appa_secure import __version__, config_checks, console, records
 from appa_secure.config import GROUPS, compose, fields, load, option_summary, options
 from appa_secure.errors import AppaError, ConfigError
+from appa_secure.progress import Progress
 
 app = typer.Typer(
     name="appa-secure",
@@ -144,7 +145,13 @@ def sweep(
     _say(f"{len(members)} runs in {members[0].directory.parent}")
     root = members[0].directory.parent
     sweeping.note(root, members)
-    succeeded = sweeping.run_all(members, jobs, _say)
+    if jobs == 1:  # each run shows its own progress
+        succeeded = sweeping.run_all(members, jobs, _say)
+    else:
+        with Progress() as progress:
+            succeeded = sweeping.run_all(
+                members, jobs, progress.note, lambda done: progress.step("sweep", done, len(members))
+            )
     console.people.print(console.comparison([(member.varied, member.summary()) for member in members]))
     if any(member.summary() is not None for member in members):
         from appa_secure import report as reporting

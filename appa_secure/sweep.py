@@ -26,7 +26,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -162,8 +162,13 @@ def note(root: Path, members: Sequence[Member]) -> None:
     records.atomic_write(path, json.dumps({"fields": list(fields), "runs": runs}, indent=2) + "\n")
 
 
-def run_all(members: Sequence[Member], jobs: int, say: Callable[[str], None]) -> list[bool]:
-    """Run all members, `jobs` at a time; returns for each whether it ended well.
+def run_all(
+    members: Sequence[Member],
+    jobs: int,
+    say: Callable[[str], None],
+    tell: Callable[[int], None] = lambda done: None,
+) -> list[bool]:
+    """Run all members, `jobs` at a time; returns for each whether it ended well. `tell` hears how many have ended.
 
     Each run gets its share of the cores for its arithmetic: results do not depend on it, the time does. Side by
     side, runs print into files of their own, `logs/RUN.log` in the folder of the sweep.
@@ -186,6 +191,9 @@ def run_all(members: Sequence[Member], jobs: int, say: Callable[[str], None]) ->
             for member in ordered
         }  # fmt: skip
         try:
+            for done, future in enumerate(as_completed(running.values()), 1):
+                future.result()
+                tell(done)
             return [running[member.directory].result() for member in members]
         except BaseException:  # an interrupt reaches the children too; what has not begun must not begin
             pool.shutdown(wait=False, cancel_futures=True)

@@ -399,7 +399,11 @@ def test_seeds_come_one_after_the_other_and_jobs_share_the_cores(
     ]  # fmt: skip
     assert set(seen) == {(None, 8)}
     seen.clear()
-    assert call("sweep", *DECLARED, "name=four", "--jobs", "4")[0] == 0
+    code, _, said = call("sweep", *DECLARED, "name=four", "--jobs", "4")
+    assert code == 0
+    assert [words.split(" eta")[0] for words in said.splitlines() if words.startswith("sweep step")] == [
+        f"sweep step {done}/6" for done in range(1, 7)
+    ]
     assert {threads for _, threads in seen} == {2}
     assert len({log for log, _ in seen}) == len(seen) == 6
     assert {log.parent for log, _ in seen if log} == {Path("runs/four/logs")}
