@@ -334,7 +334,9 @@ def _rows(name: str) -> set[tuple[str, str, str, str]]:
     """What is compared in a study: (experiment, policy, rule or system, ε)."""
     found = set()
     for c in (member.config for member in sweeping.plan([f"+experiment={name}", "seed=1"])):
-        rule = c.system.kind if c.system.kind != "appa" else f"{c.aggregation.kind} {c.aggregation.variant}"
+        rule = f"{c.system.kind} {c.system.eta}"
+        if c.system.kind == "appa":
+            rule = f"{c.aggregation.kind} {c.aggregation.variant}"
         found.add((c.experiment, c.policy.kind, rule, str(c.privacy.epsilon if c.privacy.enabled else None)))
     return found
 
@@ -345,7 +347,7 @@ def test_the_quick_studies_leave_no_row_out(monkeypatch: pytest.MonkeyPatch) -> 
     table, line = (_rows(f"{name}_quick") for name in _STUDIES)
     assert table == _rows("seeds_table")
     assert line == _rows("frontier")
-    assert len(table) == 6 * 7 + 2 * 5
+    assert len(table) == 6 * 7 + 2 * 5 + 2
     assert len(line) == 2 * 3 * 5
 
 

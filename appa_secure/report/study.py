@@ -107,6 +107,13 @@ class Study:
         values = list(self.values(condition, part, split, metric).values())
         return Estimate.of(values) if values else None
 
+    def alike(self, part: str) -> bool:
+        """Whether all conditions have the same figures, seed by seed, as where they start from one predictor."""
+        f = self.frame
+        rows = f[(f["part"] == part) & f["group"].isna() & f["round"].isna()]
+        distinct = rows.groupby(["seed", "split", "metric"])["value"].nunique()
+        return len(self.conditions) > 1 and bool((distinct == 1).all()) and not distinct.empty
+
     def difference(self, reference: str, other: str, part: str, split: str, metric: str) -> Difference | None:
         """None where the two have no seed in common."""
         a, b = (self.values(one, part, split, metric) for one in (reference, other))
@@ -162,11 +169,13 @@ class Study:
         return ", ".join(word for word in told if word), panel
 
     def _with_average(self) -> list[tuple[str, str]]:
-        """Every rule and system with the average rule, where all else that varies is the same."""
+        """Every rule and system, with whatever options, with the average rule, where all else that varies is the same."""
 
         def rest(condition: str) -> tuple[tuple[str, str], ...]:
-            values = self.conditions[condition]
-            return tuple((k, v) for k, v in values.items() if k not in (_RULE, _SYSTEM))
+            values = self.conditions[condition].items()
+            return tuple(
+                (k, v) for k, v in values if k not in (_RULE, _SYSTEM) and not k.startswith(f"{_SYSTEM}.")
+            )
 
         references = {rest(c): c for c, v in self.conditions.items() if v.get(_RULE) == _REFERENCE}
         found = [

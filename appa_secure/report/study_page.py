@@ -93,9 +93,12 @@ def _parts(panel: Study, by: str | None) -> list[tuple[str, list[str], list[list
     """(title, heads of the means, means, differences) of every part that was measured."""
     pairs = _pairs(panel, by)
     return [
-        (PARTS[part], means_heads(part), means_table(panel, part), differences_table(panel, part, pairs))
+        (
+            PARTS[part], means_heads(part), means_table(panel, part),
+            [] if panel.alike(part) else differences_table(panel, part, pairs),
+        )
         for part in panel.parts()
-    ]
+    ]  # fmt: skip
 
 
 def means_heads(part: str) -> list[str]:
@@ -107,9 +110,10 @@ def means_heads(part: str) -> list[str]:
 def means_table(study: Study, part: str) -> list[list[str]]:
     """A line per condition: mean over seeds and 95 % interval of Avg, Min and FI on training and held-out questions; of a
     policy also what it reached of what is attainable on its training questions, and which share of its answers there
-    cannot be read."""
+    cannot be read. One line where all conditions are alike."""
     lines = []
-    for condition in study.conditions:
+    alike = study.alike(part)
+    for condition in _longest(study, part) if alike else study.conditions:
         found = [study.estimate(condition, part, split, metric) for split in SPLITS for metric in METRICS]
         if all(one is None for one in found):
             continue
@@ -121,8 +125,14 @@ def means_table(study: Study, part: str) -> list[list[str]]:
             _estimate(study.estimate(condition, where, "train", metric), 1, unit=100.0)
             for _, where, metric in _shares(part)
         ]
-        lines.append([condition, str(seeds), *texts, *shares, _epsilon(study, condition)])
+        name = f"all {len(study.conditions)} alike" if alike else condition
+        lines.append([name, str(seeds), *texts, *shares, _epsilon(study, condition)])
     return [*lines, *_attainable(study)] if part == "policy.after" else lines
+
+
+def _longest(study: Study, part: str) -> list[str]:
+    """The condition with most seeds."""
+    return [max(study.conditions, key=lambda c: len(study.values(c, part, "train", "avg")))]
 
 
 def _attainable(study: Study) -> list[list[str]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pandas as pd
@@ -138,6 +140,29 @@ def test_speed_is_the_first_round_at_a_level(sweep: Path) -> None:
     assert study.rounds_to("min", "train", {1: 0.79, 2: 0.80, 3: 0.86}) == {1: 5, 2: 5, 3: None}
     assert study.rounds_to("min", "train", {1: 0.81, 9: 0.5}) == {1: 10}
     assert study.rounds_to("min", "heldout", {1: 0.1}) == {}
+
+
+def test_conditions_that_are_alike_seed_by_seed_are_one_line(sweep: Path) -> None:
+    """Also where one of them has more seeds."""
+    study = load_study(sweep)
+    part = "policy.after"
+    assert not study.alike(part)
+    assert not study.alike("predictor.own")  # which has curves only
+    whole = study.frame["group"].isna() & (study.frame["part"] == part)
+    alike = study.frame["value"].where(~whole, study.frame["seed"] / 10)
+    frame = study.frame.assign(value=alike)
+    fewer = replace(study, frame=frame[(frame["condition"] == "min") | (frame["seed"] != 3)])
+    assert fewer.alike(part)
+    assert [line[:2] for line in means_table(fewer, part)[:2]] == [["all 2 alike", "3"], [ANY, "–"]]
+
+
+def test_options_of_a_system_do_not_keep_it_from_the_average_rule(sweep: Path, tmp_path: Path) -> None:
+    noted = {"fields": ["aggregation", "system", "system.eta", "seed"], "runs": {}}
+    for number, varied in enumerate([{"aggregation": "average"}, {"system": "grdpo", "system.eta": "0"}]):
+        (tmp_path / f"r{number}").symlink_to(sweep / "aggregation-min_seed-1")
+        noted["runs"][f"r{number}"] = {**varied, "seed": "1"}
+    (tmp_path / records.SWEEP).write_text(json.dumps(noted), encoding="utf-8")
+    assert load_study(tmp_path).pairs(None) == [("average", "system grdpo, eta 0")]
 
 
 def test_only_pairs_that_differ_in_the_field_alone_are_compared(sweep: Path, tmp_path: Path) -> None:
