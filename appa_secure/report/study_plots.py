@@ -83,8 +83,9 @@ def _plane(study: Study, part: str, split: str, name: str) -> Drawing:
     far = {c for axis in (0, 1) for c in _far({c: at[axis] for c, at in known.items()})}
 
     def paint(axes: Axes) -> None:
-        if reachable := study.frontier(split):
-            x_best, y_best = zip(*reachable, strict=True)
+        shown = study.frontier(split)
+        if shown:
+            x_best, y_best = zip(*shown, strict=True)
             axes.plot(x_best, y_best, "-", color=MUTED, linewidth=1.4, label="attainable")
         for index, condition in enumerate(study.conditions):
             colour, mark = LINES[index % len(LINES)], _MARKS[index // len(LINES) % len(_MARKS)]
@@ -102,9 +103,14 @@ def _plane(study: Study, part: str, split: str, name: str) -> Drawing:
                 label=shorten(condition, 40),
             )  # fmt: skip
             one, other = (study.values(condition, part, split, metric) for metric in ("avg", "min"))
-            axes.plot(
-                [one[s] for s in one], [other[s] for s in one], ".", color=colour, markersize=3, alpha=0.6
-            )
+            dots = [(one[seed], other[seed]) for seed in one]
+            axes.plot(*zip(*dots, strict=True), ".", color=colour, markersize=3, alpha=0.6)
+            shown = [*shown, *dots]
+        # Intervals of two or three seeds may run out of the picture: over all their length they would leave one dot of it.
+        if shown:
+            x_shown, y_shown = zip(*shown, strict=True)
+            axes.set_xlim(*_around(x_shown))
+            axes.set_ylim(*_around(y_shown))
         axes.set_xlabel(f"average group, {name} questions")
         axes.set_title("worst-off group", loc="left", fontsize=10, color=MUTED)
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -114,6 +120,11 @@ def _plane(study: Study, part: str, split: str, name: str) -> Drawing:
     caption += "; the grey line is what is attainable" if study.frontier(split) else ""
     caption += "; hollow signs lie outside" if far else ""
     return _draw(f"plane_{split}", caption, paint, height)
+
+
+def _around(values: Sequence[float]) -> tuple[float, float]:
+    room = 0.08 * (max(values) - min(values)) or 0.01
+    return min(values) - room, max(values) + room
 
 
 def _far(values: Mapping[str, float]) -> set[str]:
