@@ -44,7 +44,7 @@ PARTS = {
 
 _RESAMPLES = 10_000
 _PANELS = ("experiment", "data", "data.kind", "task.reward", "policy", "policy.kind")
-_RULE, _SYSTEM, _REFERENCE = "aggregation", "system", "average"
+_RULE, _SYSTEM, _PRIVACY, _REFERENCE = "aggregation", "system", "privacy", "average"
 
 
 @dataclass(frozen=True)
@@ -193,8 +193,9 @@ class Study:
         return [(float(x), float(y)) for x, y in np.mean(known, axis=0)] if known else []
 
     def pairs(self, by: str | None) -> list[tuple[str, str]]:
-        """Which conditions are compared: those that differ in `by` alone with the first value of `by` among them, or
-        without `by` those that differ in the rule alone with the average rule, or where there is none all with the first."""
+        """Which conditions are compared: those that differ in `by` alone (for `privacy`: in any option of privacy) with the
+        first value of `by` among them, or without `by` those that differ in the rule alone with the average rule, or where
+        there is none all with the first."""
         if by is None:
             return self._with_average() or self._with_first()
         if by not in self.fields:
@@ -204,8 +205,10 @@ class Study:
             )
         found: list[tuple[str, str]] = []
         first_of: dict[tuple[tuple[str, str], ...], str] = {}
+        # What privacy costs is seen against runs without it, which have no ε: `privacy` stands for all of its options.
+        aside = (f"{by}.",) if by == _PRIVACY else ()
         for condition, values in self.conditions.items():
-            rest = tuple((key, value) for key, value in values.items() if key != by)
+            rest = tuple((k, v) for k, v in values.items() if k != by and not k.startswith(aside))
             reference = first_of.setdefault(rest, condition)
             if reference != condition:
                 found.append((reference, condition))

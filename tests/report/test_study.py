@@ -165,6 +165,18 @@ def test_options_of_a_system_do_not_keep_it_from_the_average_rule(sweep: Path, t
     assert load_study(tmp_path).pairs(None) == [("average", "system grdpo, eta 0")]
 
 
+def test_the_price_of_privacy_is_taken_against_runs_without_it(sweep: Path, tmp_path: Path) -> None:
+    noted = {"fields": ["aggregation", "privacy", "privacy.epsilon", "seed"], "runs": {}}
+    levels = [{"privacy": "off"}, *({"privacy": "dp", "privacy.epsilon": e} for e in ("8", "1"))]
+    for number, varied in enumerate([{"aggregation": a, **level} for level in levels for a in SHIFT]):
+        (tmp_path / f"r{number}").symlink_to(sweep / "aggregation-min_seed-1")
+        noted["runs"][f"r{number}"] = {**varied, "seed": "1"}
+    (tmp_path / records.SWEEP).write_text(json.dumps(noted), encoding="utf-8")
+    assert load_study(tmp_path).pairs("privacy") == [
+        (f"{rule}, privacy off", f"{rule}, privacy dp, epsilon {e}") for e in ("8", "1") for rule in SHIFT
+    ]
+
+
 def test_only_pairs_that_differ_in_the_field_alone_are_compared(sweep: Path, tmp_path: Path) -> None:
     """Four conditions over two fields: each field gives two pairs, without a field the first is the reference."""
     noted = {"fields": ["aggregation", "ppo.lr", "seed"], "runs": {}}
