@@ -28,6 +28,7 @@ from appa_secure.report.tables import flatten
 
 SPLITS = {"train": "training", "heldout": "held-out"}
 METRICS = {"avg": "Avg", "min": "Min", "fairness_index": "FI"}
+COMPARED = {"avg": "Avg", "min": "Min", "spread": "Spread"}  # spread: best-off less worst-off group
 # Part `run`: shares of what is attainable on the questions of a split; where in a summary, and in words.
 REACHED = {
     "gap_closed_avg": ("gap_closed.{}.avg", "Avg gap closed"),
@@ -108,7 +109,9 @@ class Study:
         return Estimate.of(values) if values else None
 
     def alike(self, part: str) -> bool:
-        """Whether all conditions have the same figures, seed by seed, as where they start from one predictor."""
+        """Whether all conditions start from one predictor: the same figures of it, seed by seed. Policies are told apart."""
+        if part == "policy.after":
+            return False
         f = self.frame
         rows = f[(f["part"] == part) & f["group"].isna() & f["round"].isna()]
         distinct = rows.groupby(["seed", "split", "metric"])["value"].nunique()
@@ -293,8 +296,11 @@ def _rows(run: Run) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
     def figures(part: str, split: str, found: Any, number: int | None = None) -> Iterator[dict[str, Any]]:
-        for group, value in (lookup(found, "per_group") or {}).items():
+        scores = lookup(found, "per_group") or {}
+        for group, value in scores.items():
             yield row(part, split, str(group), "alignment", value, number)
+        if scores:
+            yield row(part, split, None, "spread", max(scores.values()) - min(scores.values()), number)
         for metric in (*METRICS, "malformed"):
             value = lookup(found, metric)
             if isinstance(value, int | float):

@@ -10,6 +10,7 @@ from appa_secure.records import REPORT, RESULTS, atomic_write
 from appa_secure.report import study_plots
 from appa_secure.report.html import environment, figure
 from appa_secure.report.study import (
+    COMPARED,
     METRICS,
     PARTS,
     REACHED,
@@ -168,10 +169,10 @@ def differences_table(study: Study, part: str, pairs: Sequence[tuple[str, str]])
     lines = []
     for reference, other in pairs:
         for split, name in SPLITS.items():
-            for metric in ("avg", "min"):
+            for metric, figure_name in COMPARED.items():
                 found = study.difference(reference, other, part, split, metric)
                 if found is not None:
-                    lines.append([f"{other} − {reference}", name, METRICS[metric], *_difference(found)])
+                    lines.append([f"{other} − {reference}", name, figure_name, *_difference(found)])
     return lines
 
 

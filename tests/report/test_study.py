@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import ANY
 
 import numpy as np
 import pandas as pd
@@ -79,6 +78,7 @@ def test_every_figure_is_a_row(sweep: Path) -> None:
         overall = rows[rows["group"].isna()].set_index("metric")["value"]
         assert overall["avg"] == pytest.approx(told["avg"])
         assert overall["fairness_index"] == pytest.approx(told["fairness_index"])
+        assert overall["spread"] == pytest.approx(max(groups.values()) - min(groups.values()))
     rounds = frame[frame["round"].notna()]
     assert set(rounds["round"]) == {5, 10}
     assert not frame.duplicated(["run", "part", "split", "group", "round", "metric"]).any()
@@ -145,15 +145,16 @@ def test_speed_is_the_first_round_at_a_level(sweep: Path) -> None:
 def test_conditions_that_are_alike_seed_by_seed_are_one_line(sweep: Path) -> None:
     """Also where one of them has more seeds."""
     study = load_study(sweep)
-    part = "policy.after"
-    assert not study.alike(part)
     assert not study.alike("predictor.own")  # which has curves only
-    whole = study.frame["group"].isna() & (study.frame["part"] == part)
-    alike = study.frame["value"].where(~whole, study.frame["seed"] / 10)
-    frame = study.frame.assign(value=alike)
-    fewer = replace(study, frame=frame[(frame["condition"] == "min") | (frame["seed"] != 3)])
-    assert fewer.alike(part)
-    assert [line[:2] for line in means_table(fewer, part)[:2]] == [["all 2 alike", "3"], [ANY, "–"]]
+    part = "predictor.shared"
+    frame = study.frame.replace({"part": {"policy.after": part}})
+    assert not replace(study, frame=frame).alike(part)
+    whole = frame["group"].isna() & (frame["part"] == part)
+    frame = frame.assign(value=frame["value"].where(~whole, frame["seed"] / 10))
+    fewer = frame[(frame["condition"] == "min") | (frame["seed"] != 3)]
+    assert [line[:2] for line in means_table(replace(study, frame=fewer), part)] == [["all 2 alike", "3"]]
+    policies = replace(study, frame=fewer.replace({"part": {part: "policy.after"}}))
+    assert [line[0] for line in means_table(policies, "policy.after")[:2]] == ["average", "min"]
 
 
 def test_options_of_a_system_do_not_keep_it_from_the_average_rule(sweep: Path, tmp_path: Path) -> None:
