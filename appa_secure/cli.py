@@ -190,14 +190,18 @@ def report(
         bool, typer.Option("--markdown", help="Print Markdown tables instead, seeds taken together.")
     ] = False,
     by: Annotated[
-        str | None, typer.Option(metavar="FIELD", help="Sweep: compare the values of this varied field.")
+        str | None,
+        typer.Option(
+            metavar="FIELD[=VALUE]",
+            help="Sweep: compare the values of this varied field with its first, or VALUE.",
+        ),
     ] = None,
 ) -> None:
     """Write report.html again for each run; for several runs, compare them.
 
     A sweep's report has means over seeds with 95 % intervals, and paired differences over the same seeds: between
-    the values of --by, or else between the first combination and each other one. Standard output lists the
-    pages written.
+    the values of --by (as in --by privacy, --by aggregation=min), or else between the average rule, or the first
+    combination, and each other one. Standard output lists the pages written.
     """
     from appa_secure import report as reporting
 

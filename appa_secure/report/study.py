@@ -196,25 +196,31 @@ class Study:
         return [(float(x), float(y)) for x, y in np.mean(known, axis=0)] if known else []
 
     def pairs(self, by: str | None) -> list[tuple[str, str]]:
-        """Which conditions are compared: those that differ in `by` alone (for `privacy`: in any option of privacy) with the
-        first value of `by` among them, or without `by` those that differ in the rule alone with the average rule, or where
-        there is none all with the first."""
+        """Which conditions are compared. `by` is a field: those that differ in it alone (`privacy`: in any option of privacy),
+        with the one that has its first value; or field=value, with the one that has that value. None: those that differ in
+        the rule or system alone, with the average rule; where there is no such rule, all with the first."""
         if by is None:
             return self._with_average() or self._with_first()
-        if by not in self.fields:
-            known = ", ".join(field for field in self.fields if field != "seed")
+        field, _, value = by.partition("=")
+        if field not in self.fields:
+            known = ", ".join(f for f in self.fields if f != "seed")
             raise ConfigError(
                 f"--by {by}: does not vary in this sweep. Fix: one of {known or 'no field varies'}"
             )
-        found: list[tuple[str, str]] = []
-        first_of: dict[tuple[tuple[str, str], ...], str] = {}
+        values = {condition: own.get(field, "") for condition, own in self.conditions.items()}
+        if value and value not in values.values():
+            known = ", ".join(f"{field}={one}" for one in dict.fromkeys(values.values()) if one)
+            raise ConfigError(f"--by {by}: no run has this value. Fix: one of {known}")
         # What privacy costs is seen against runs without it, which have no ε: `privacy` stands for all of its options.
-        aside = (f"{by}.",) if by == _PRIVACY else ()
-        for condition, values in self.conditions.items():
-            rest = tuple((k, v) for k, v in values.items() if k != by and not k.startswith(aside))
-            reference = first_of.setdefault(rest, condition)
-            if reference != condition:
-                found.append((reference, condition))
+        aside = (f"{field}.",) if field == _PRIVACY else ()
+        alike: dict[tuple[tuple[str, str], ...], list[str]] = {}
+        for condition, own in self.conditions.items():
+            rest = tuple((k, v) for k, v in own.items() if k != field and not k.startswith(aside))
+            alike.setdefault(rest, []).append(condition)
+        found: list[tuple[str, str]] = []
+        for same in alike.values():
+            references = [c for c in same if not value or values[c] == value]
+            found += [(references[0], c) for c in same if references and c != references[0]]
         return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from appa_secure import __version__
+from appa_secure.errors import ConfigError
 from appa_secure.records import REPORT, RESULTS, atomic_write
 from appa_secure.report import study_plots
 from appa_secure.report.html import environment, figure
@@ -34,8 +35,8 @@ _DIGITS = {"avg": 4, "min": 4, "fairness_index": 4}
 def render_study(root: Path, by: str | None = None) -> Path:
     """Write results.parquet, figures/*.png and report.html of the sweep in `root`; returns the page's path.
 
-    by: the varied field whose values are compared, None for every condition with the first. Raises RunError where
-    no run has finished and ConfigError for a field that does not vary.
+    by: what is compared, as `Study.pairs` reads it. Raises RunError where no run has finished and ConfigError for a field
+    that does not vary, or a value that no run has.
     """
     study = load_study(root)
     study.pairs(by)  # refuses a field that does not vary
@@ -86,8 +87,11 @@ def study_markdown(root: Path, by: str | None = None) -> str:
 
 
 def _pairs(panel: Study, by: str | None) -> list[tuple[str, str]]:
-    """Within one panel a field may not vary, or be what sets the panels apart."""
-    return panel.pairs(by if by in panel.fields else None)
+    """Within one panel a field may not vary, or be what sets the panels apart, and a value may be missing."""
+    try:
+        return panel.pairs(by)
+    except ConfigError:  # not so in the whole study: `pairs` was asked there first
+        return panel.pairs(None)
 
 
 def _parts(panel: Study, by: str | None) -> list[tuple[str, list[str], list[list[str]], list[list[str]]]]:

@@ -174,7 +174,7 @@ def test_the_price_of_privacy_is_taken_against_runs_without_it(sweep: Path, tmp_
         noted["runs"][f"r{number}"] = {**varied, "seed": "1"}
     (tmp_path / records.SWEEP).write_text(json.dumps(noted), encoding="utf-8")
     assert load_study(tmp_path).pairs("privacy") == [
-        (f"{rule}, privacy off", f"{rule}, privacy dp, epsilon {e}") for e in ("8", "1") for rule in SHIFT
+        (f"{rule}, privacy off", f"{rule}, privacy dp, epsilon {e}") for rule in SHIFT for e in ("8", "1")
     ]
 
 
@@ -194,8 +194,13 @@ def test_only_pairs_that_differ_in_the_field_alone_are_compared(sweep: Path, tmp
     assert found is not None
     assert found.p is None  # one seed tells nothing of chance
     assert found.absolute.low is None
+    assert study.pairs("aggregation=min") == [
+        ("min, lr 1", "average, lr 1"), ("min, lr 2", "average, lr 2"),
+    ]  # fmt: skip
     with pytest.raises(ConfigError, match=r"--by data\.path.*one of aggregation, ppo\.lr"):
         study.pairs("data.path")
+    with pytest.raises(ConfigError, match=r"--by ppo\.lr=3: .*one of ppo\.lr=1, ppo\.lr=2"):
+        study.pairs("ppo.lr=3")
 
 
 def test_the_report_shows_tables_figures_and_what_is_missing(sweep: Path) -> None:
