@@ -108,14 +108,31 @@ class Study:
         values = list(self.values(condition, part, split, metric).values())
         return Estimate.of(values) if values else None
 
-    def alike(self, part: str) -> bool:
-        """Whether all conditions start from one predictor: the same figures of it, seed by seed. Policies are told apart."""
-        if part == "policy.after":
-            return False
+    def names(self, part: str) -> dict[str, str]:
+        """What each condition is called in a table of this part. Conditions that start from one predictor, and so have the
+        same figures of it, seed by seed, share a name: what they have in common. Policies are told apart."""
         f = self.frame
         rows = f[(f["part"] == part) & f["group"].isna() & f["round"].isna()]
-        distinct = rows.groupby(["seed", "split", "metric"])["value"].nunique()
-        return len(self.conditions) > 1 and bool((distinct == 1).all()) and not distinct.empty
+        figures = rows.pivot_table(index=["seed", "split", "metric"], columns="condition", values="value")
+        alike: list[list[str]] = []
+        for condition in self.conditions:
+            mine = figures.get(condition)
+            same = None
+            if mine is not None and part != "policy.after":
+                same = next((c for c in alike if _equal(mine, figures[c[0]])), None)
+            if same is None:
+                alike.append([condition])
+            else:
+                same.append(condition)
+        found: dict[str, str] = {}
+        for group in alike:
+            shared = set.intersection(*(set(self.conditions[c].items()) for c in group))
+            words = _words(
+                {k: v for k, v in self.conditions[group[0]].items() if (k, v) in shared}, self.fields
+            )
+            name = group[0] if len(group) == 1 else f"{words} ({len(group)} alike)"
+            found |= dict.fromkeys(group, name)
+        return {condition: found[condition] for condition in self.conditions}
 
     def difference(self, reference: str, other: str, part: str, split: str, metric: str) -> Difference | None:
         """None where the two have no seed in common."""
@@ -222,6 +239,12 @@ class Study:
             references = [c for c in same if not value or values[c] == value]
             found += [(references[0], c) for c in same if references and c != references[0]]
         return found
+
+
+def _equal(one: pd.Series, other: pd.Series) -> bool:
+    """Whether two conditions' figures agree wherever both have one."""
+    both = one.notna() & other.notna()
+    return bool(both.any()) and bool((one[both] == other[both]).all())
 
 
 def _bootstrap(values: np.ndarray) -> tuple[float, float] | None:

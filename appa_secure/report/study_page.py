@@ -98,12 +98,9 @@ def _parts(panel: Study, by: str | None) -> list[tuple[str, list[str], list[list
     """(title, heads of the means, means, differences) of every part that was measured."""
     pairs = _pairs(panel, by)
     return [
-        (
-            PARTS[part], means_heads(part), means_table(panel, part),
-            [] if panel.alike(part) else differences_table(panel, part, pairs),
-        )
+        (PARTS[part], means_heads(part), means_table(panel, part), differences_table(panel, part, pairs))
         for part in panel.parts()
-    ]  # fmt: skip
+    ]
 
 
 def means_heads(part: str) -> list[str]:
@@ -115,10 +112,12 @@ def means_heads(part: str) -> list[str]:
 def means_table(study: Study, part: str) -> list[list[str]]:
     """A line per condition: mean over seeds and 95 % interval of Avg, Min and FI on training and held-out questions; of a
     policy also what it reached of what is attainable on its training questions, and which share of its answers there
-    cannot be read. One line where all conditions are alike."""
+    cannot be read. Conditions that share a name (`Study.names`) are one line, of the one with most seeds."""
     lines = []
-    alike = study.alike(part)
-    for condition in _longest(study, part) if alike else study.conditions:
+    names = study.names(part)
+    for name in dict.fromkeys(names.values()):
+        same = [condition for condition, own in names.items() if own == name]
+        condition = max(same, key=lambda c: len(study.values(c, part, "train", "avg")))
         found = [study.estimate(condition, part, split, metric) for split in SPLITS for metric in METRICS]
         if all(one is None for one in found):
             continue
@@ -130,14 +129,8 @@ def means_table(study: Study, part: str) -> list[list[str]]:
             _estimate(study.estimate(condition, where, "train", metric), 1, unit=100.0)
             for _, where, metric in _shares(part)
         ]
-        name = f"all {len(study.conditions)} alike" if alike else condition
         lines.append([name, str(seeds), *texts, *shares, _epsilon(study, condition)])
     return [*lines, *_attainable(study)] if part == "policy.after" else lines
-
-
-def _longest(study: Study, part: str) -> list[str]:
-    """The condition with most seeds."""
-    return [max(study.conditions, key=lambda c: len(study.values(c, part, "train", "avg")))]
 
 
 def _attainable(study: Study) -> list[list[str]]:
@@ -169,14 +162,16 @@ DIFFERENCE_HEADS = ["", "questions", "figure", "seeds", "difference", "bootstrap
 
 
 def differences_table(study: Study, part: str, pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
-    """A line per pair of conditions, split and figure."""
+    """A line per pair of conditions of different names, split and figure."""
     lines = []
-    for reference, other in pairs:
+    names = study.names(part)
+    named = {(names[a], names[b]): (a, b) for a, b in reversed(pairs) if names[a] != names[b]}
+    for (first, second), (reference, other) in reversed(named.items()):
         for split, name in SPLITS.items():
             for metric, figure_name in COMPARED.items():
                 found = study.difference(reference, other, part, split, metric)
                 if found is not None:
-                    lines.append([f"{other} − {reference}", name, figure_name, *_difference(found)])
+                    lines.append([f"{second} − {first}", name, figure_name, *_difference(found)])
     return lines
 
 

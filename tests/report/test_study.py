@@ -17,7 +17,7 @@ from appa_secure import records
 from appa_secure.errors import ConfigError, RunError
 from appa_secure.report import render_study, study_markdown
 from appa_secure.report.study import Estimate, load_study, write_results
-from appa_secure.report.study_page import means_heads, means_table
+from appa_secure.report.study_page import differences_table, means_heads, means_table
 from appa_secure.report.study_plots import _far
 
 SEEDS = (1, 2, 3)
@@ -142,19 +142,25 @@ def test_speed_is_the_first_round_at_a_level(sweep: Path) -> None:
     assert study.rounds_to("min", "heldout", {1: 0.1}) == {}
 
 
-def test_conditions_that_are_alike_seed_by_seed_are_one_line(sweep: Path) -> None:
-    """Also where one of them has more seeds."""
+def test_conditions_with_one_predictor_are_one_line(sweep: Path) -> None:
+    """Also where one of them has more seeds; policies are told apart whatever they score."""
     study = load_study(sweep)
-    assert not study.alike("predictor.own")  # which has curves only
     part = "predictor.shared"
     frame = study.frame.replace({"part": {"policy.after": part}})
-    assert not replace(study, frame=frame).alike(part)
+    apart = replace(study, frame=frame)
+    assert apart.names(part) == {"average": "average", "min": "min"}
     whole = frame["group"].isna() & (frame["part"] == part)
     frame = frame.assign(value=frame["value"].where(~whole, frame["seed"] / 10))
-    fewer = frame[(frame["condition"] == "min") | (frame["seed"] != 3)]
-    assert [line[:2] for line in means_table(replace(study, frame=fewer), part)] == [["all 2 alike", "3"]]
-    policies = replace(study, frame=fewer.replace({"part": {part: "policy.after"}}))
+    frame = frame[(frame["condition"] == "min") | (frame["seed"] != 3)]
+    one = replace(study, frame=frame)
+    assert set(one.names(part).values()) == {"all (2 alike)"}
+    assert [line[:2] for line in means_table(one, part)] == [["all (2 alike)", "3"]]
+    assert differences_table(one, part, [("average", "min")]) == []
+    policies = replace(study, frame=frame.replace({"part": {part: "policy.after"}}))
     assert [line[0] for line in means_table(policies, "policy.after")[:2]] == ["average", "min"]
+    # What they have in common is their name.
+    more = replace(one, conditions={c: {**own, "privacy": "dp"} for c, own in one.conditions.items()})
+    assert set(more.names(part).values()) == {"privacy dp (2 alike)"}
 
 
 def test_options_of_a_system_do_not_keep_it_from_the_average_rule(sweep: Path, tmp_path: Path) -> None:
