@@ -165,7 +165,7 @@ REFUSED = [
     (
         "aggregation=zzzz",
         "aggregation",
-        "appa|appa_paper|average|lse|max|maximin|maximin_broad|maximin_close|",
+        "appa|appa_paper|average|lse|max|maximin|maximin_broad|maximin_close|maximin_conflict|min",
     ),
     ("privacy.unit=persn", "privacy.unit", "'respondent'"),
     ("ppo=3", "ppo", "is a section"),

@@ -132,7 +132,7 @@ class Study:
             )
             name = group[0] if len(group) == 1 else f"{words} ({len(group)} alike)"
             found |= dict.fromkeys(group, name)
-        return {condition: found[condition] for condition in self.conditions}
+        return found
 
     def difference(self, reference: str, other: str, part: str, split: str, metric: str) -> Difference | None:
         """None where the two have no seed in common."""

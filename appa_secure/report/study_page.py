@@ -165,8 +165,11 @@ def differences_table(study: Study, part: str, pairs: Sequence[tuple[str, str]])
     """A line per pair of conditions of different names, split and figure."""
     lines = []
     names = study.names(part)
-    named = {(names[a], names[b]): (a, b) for a, b in reversed(pairs) if names[a] != names[b]}
-    for (first, second), (reference, other) in reversed(named.items()):
+    named: dict[tuple[str, str], tuple[str, str]] = {}
+    for reference, other in pairs:
+        if names[reference] != names[other]:
+            named.setdefault((names[reference], names[other]), (reference, other))
+    for (first, second), (reference, other) in named.items():
         for split, name in SPLITS.items():
             for metric, figure_name in COMPARED.items():
                 found = study.difference(reference, other, part, split, metric)
