@@ -87,29 +87,42 @@ class Evaluator:
         means = {g: _mean(row) for g, row in self.scores(qids, answers).items()}
         return _summary({g: m for g, m in means.items() if m is not None})
 
-    def policy(self, generate: Generate, qids: Sequence[str], samples: int) -> dict[str, Any]:
+    def policy(
+        self, generate: Generate, qids: Sequence[str], samples: int, reference: Generate | None = None
+    ) -> dict[str, Any]:
         """Alignment of a policy on questions: per group, average, minimum, fairness index, and 95 % intervals.
 
         The intervals are percentile bootstrap over questions (Efron 1979): they say how far the figure would move with
-        other questions of this kind, not with another training seed.
+        other questions of this kind, not with another training seed. With a reference policy also `win_rate`, against
+        that one (`win_rates`): per group, and the average and the lowest of the groups.
         """
-        task = self.agreement.task
-        prompts = [prompt(self.agreement.questions[q], task, self.style) for q in qids]
-        texts = generate(prompts, samples)
-        flat = [q for q in qids for _ in range(samples)]
-        answers = [
-            parse(t, self.agreement.questions[q], task, self.agreement.max_weight)
-            for q, row in zip(qids, texts, strict=True)
-            for t in row
-        ]
-        table = np.stack(
-            [row.reshape(len(qids), samples).mean(axis=1) for row in self.scores(flat, answers).values()]
-        )  # (G, Q)
+        scores, malformed = self._sampled(generate, qids, samples)
+        table = scores.mean(axis=2)
         names = list(self._scorers)
         found = _summary(dict(zip(names, np.nanmean(table, axis=1).tolist(), strict=True)))
         found["ci95"] = self._intervals(table)
-        found["malformed"] = sum(a is None for a in answers) / len(answers)
+        found["malformed"] = malformed
+        if reference is not None:
+            wins = win_rates(scores, self._sampled(reference, qids, samples)[0])
+            found["win_rate"] = {
+                "per_group": dict(zip(names, wins.tolist(), strict=True)),
+                "avg": float(wins.mean()),
+                "min": float(wins.min()),
+            }
         return found
+
+    def _sampled(self, generate: Generate, qids: Sequence[str], samples: int) -> tuple[np.ndarray, float]:
+        """(G, Q, S) scores of sampled answers, NaN where a group was not asked, and the share that cannot be read."""
+        questions, task = [self.agreement.questions[q] for q in qids], self.agreement.task
+        texts = generate([prompt(question, task, self.style) for question in questions], samples)
+        answers = [
+            parse(t, question, task, self.agreement.max_weight)
+            for question, row in zip(questions, texts, strict=True)
+            for t in row
+        ]
+        rows = self.scores([q for q in qids for _ in range(samples)], answers).values()
+        malformed = sum(a is None for a in answers) / len(answers)
+        return np.stack(list(rows)).reshape(-1, len(qids), samples), malformed
 
     def predictor(self, qids: Sequence[str]) -> dict[str, Any]:
         """Agreement of the private predictions with the truth: `own`, each group's for itself, and `shared`, their mean
@@ -161,6 +174,16 @@ class Evaluator:
             },
             "frontier": [[one["avg"], one["min"]] for one in between],
         }
+
+
+def win_rates(scores: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """(G,) probability that a sampled answer suits a group better than one of the reference's to the same question.
+
+    Mean over the questions that the group was asked of P(s > r) + P(s = r)/2, over all pairs of samples: 1/2 for a policy
+    against itself. scores: (G, Q, S); reference: (G, Q, R); NaN throughout where a group was not asked.
+    """
+    pairs = zip(scores, reference, strict=True)
+    return np.array([0.5 + 0.5 * np.nanmean(np.sign(s[:, :, None] - r[:, None, :])) for s, r in pairs])
 
 
 def _pluralllm(

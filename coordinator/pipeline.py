@@ -31,7 +31,7 @@ from appa_secure.progress import Progress
 from appa_secure.records import LEDGER, MEASUREMENT, METRICS, PREDICTOR, Journal, RunDir
 from appa_secure.tasks import completion_length, prompt
 from coordinator import tabular
-from coordinator.evaluate import Evaluator, Truth
+from coordinator.evaluate import Evaluator, Generate, Truth
 from coordinator.maxmin import MaxMinReward, drawer, learn_mixture
 from coordinator.ppo import PPOTrainer, latest_checkpoint, make_config
 from coordinator.predictor import Sums, copy_rows, record_ledger, train_predictor
@@ -83,7 +83,7 @@ class Pipeline:
             self._stage("warmup", self._warmup)
             self._stage("before", lambda: self._measure("policy/warm"))
             self._stage("align", self._align)
-            self._stage("after", lambda: self._measure("policy"))
+            self._stage("after", lambda: self._measure("policy", "policy/warm"))
         return self._summary()
 
     def _stage(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
@@ -332,25 +332,25 @@ class Pipeline:
             eps=spent,
         )
 
-    def _measure(self, folder: str) -> dict[str, Any]:
+    def _measure(self, folder: str, reference: str | None = None) -> dict[str, Any]:
+        """Alignment of the policy in `folder`; with a reference, its win rates against the policy in there."""
         if not self.config.evaluation.truth:
             return {}
-        evaluator, c = self._measuring(), self.config
-        if self.tabular:
-            table, _ = tabular.load(self.agreement, self.run_dir.path(folder))
-            spread = tabular.final_spread(c)
-            return {
-                name: evaluator.policy(
-                    lambda _, samples, qids=qids: tabular.measured(table, qids, samples, c.seed, spread),  # type: ignore[misc]
-                    qids,
-                    c.evaluation.samples,
-                )
-                for name, qids in self._measured()
-            }
-        generate = self.speaker(folder)
+        evaluator, samples = self._measuring(), self.config.evaluation.samples
+        said, before = self._answers(folder), None if reference is None else self._answers(reference)
         return {
-            name: evaluator.policy(generate, qids, c.evaluation.samples) for name, qids in self._measured()
+            name: evaluator.policy(said(qids), qids, samples, None if before is None else before(qids))
+            for name, qids in self._measured()
         }
+
+    def _answers(self, folder: str) -> Callable[[Sequence[str]], Generate]:
+        """The answers of the policy saved in `folder` to given questions."""
+        if not self.tabular:
+            generate = self.speaker(folder)
+            return lambda _: generate
+        table, _ = tabular.load(self.agreement, self.run_dir.path(folder))
+        seed, spread = self.config.seed, tabular.final_spread(self.config)
+        return lambda qids: lambda _, samples: tabular.measured(table, qids, samples, seed, spread)
 
     def speaker(self, folder: str = "policy") -> Callable[[list[str], int], list[list[str]]]:
         """What samples from the language model saved in `folder`: (prompts, samples) -> the texts for each prompt."""

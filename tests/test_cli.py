@@ -327,28 +327,30 @@ def test_an_experiment_declares_its_sweep(declared: None) -> None:
     ]  # fmt: skip
 
 
-_STUDIES = ("seeds_table", "frontier")  # over other experiments
+_STUDIES = ("seeds_table", "frontier", "claims")  # over other experiments
 
 
 def _rows(name: str) -> set[tuple[str, str, str, str]]:
-    """What is compared in a study: (experiment, policy, rule or system, ε)."""
+    """What is compared in a study: (experiment and reward, policy, rule or system, ε)."""
     found = set()
     for c in (member.config for member in sweeping.plan([f"+experiment={name}", "seed=1"])):
         rule = f"{c.system.kind} {c.system.eta}"
         if c.system.kind == "appa":
             rule = f"{c.aggregation.kind} {c.aggregation.variant}"
-        found.add((c.experiment, c.policy.kind, rule, str(c.privacy.epsilon if c.privacy.enabled else None)))
+        data, ε = f"{c.experiment} {c.task.reward}", str(c.privacy.epsilon if c.privacy.enabled else None)
+        found.add((data, c.policy.kind, rule, ε))
     return found
 
 
 def test_the_quick_studies_leave_no_row_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_checks, "environment_problems", lambda config: [])
     monkeypatch.setenv("APPA_SHARED", "somewhere")
-    table, line = (_rows(f"{name}_quick") for name in _STUDIES)
-    assert table == _rows("seeds_table")
-    assert line == _rows("frontier")
+    found = {name: _rows(name) for name in _STUDIES}
+    assert found == {name: _rows(f"{name}_quick") for name in _STUDIES}
+    table, line, claims = found.values()
     assert len(table) == 6 * 7 + 2 * 5 + 2
     assert len(line) == 2 * 3 * 5
+    assert len(claims) == 3 + 4
 
 
 def test_a_study_of_several_experiments_is_no_run() -> None:

@@ -41,6 +41,8 @@ STUDIES = {
     "seeds_table_quick",
     "frontier",
     "frontier_quick",
+    "claims",
+    "claims_quick",
 }  # of several experiments: no run of their own
 CHOICES = [f"{group}={option}" for group in GROUPS for option in options(group) if option not in STUDIES]
 

@@ -194,13 +194,19 @@ def _totals(run: Run) -> list[dict[str, Any]]:
             row[f"{split}_ceiling"] = run.ceiling(split, which)
             row[f"{split}_gap"] = words.gap_closed(run, split, which) if which != "fairness" else None
         rows.append(row)
-    unreadable: dict[str, Any] = {"name": "Unreadable answers", "digits": 3}
-    for split in ("train", "heldout"):
-        for when in ("before", "after"):
-            unreadable[f"{split}_{when}"] = lookup(run.summary, f"alignment.{split}.{when}.malformed")
-            unreadable[f"{split}_{when}_ci"] = None
-        unreadable |= {f"{split}_ceiling": None, f"{split}_gap": None}
-    return [*rows, unreadable]
+    for name, place in (
+        ("Win rate over the model before", "win_rate.avg"),
+        ("Lowest win rate of a group", "win_rate.min"),
+        ("Unreadable answers", "malformed"),
+    ):
+        row = {"name": name, "digits": 3}
+        for split in ("train", "heldout"):
+            for when in ("before", "after"):
+                row[f"{split}_{when}"] = lookup(run.summary, f"alignment.{split}.{when}.{place}")
+                row[f"{split}_{when}_ci"] = None
+            row |= {f"{split}_ceiling": None, f"{split}_gap": None}
+        rows.append(row)
+    return rows
 
 
 def _figures(run: Run) -> dict[str, Markup | None]:

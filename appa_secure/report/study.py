@@ -28,7 +28,8 @@ from appa_secure.report.tables import flatten
 
 SPLITS = {"train": "training", "heldout": "held-out"}
 METRICS = {"avg": "Avg", "min": "Min", "fairness_index": "FI"}
-COMPARED = {"avg": "Avg", "min": "Min", "spread": "Spread"}  # spread: best-off less worst-off group
+WINS = {"win_rate": "win rate", "lowest_win_rate": "lowest win rate"}  # against the policy before training
+COMPARED = {"avg": "Avg", "min": "Min", "spread": "Spread", **WINS}  # spread: best-off less worst-off group
 # Part `run`: shares of what is attainable on the questions of a split; where in a summary, and in words.
 REACHED = {
     "gap_closed_avg": ("gap_closed.{}.avg", "Avg gap closed"),
@@ -43,6 +44,10 @@ PARTS = {
 }
 
 
+_PLACES = {
+    "win_rate": "win_rate.avg",
+    "lowest_win_rate": "win_rate.min",
+}  # in a measurement; others: their name
 _RESAMPLES = 10_000
 _PANELS = ("experiment", "data", "data.kind", "task.reward", "policy", "policy.kind")
 _RULE, _SYSTEM, _PRIVACY, _REFERENCE = "aggregation", "system", "privacy", "average"
@@ -330,8 +335,10 @@ def _rows(run: Run) -> Iterator[dict[str, Any]]:
             yield row(part, split, str(group), "alignment", value, number)
         if scores:
             yield row(part, split, None, "spread", max(scores.values()) - min(scores.values()), number)
-        for metric in (*METRICS, "malformed"):
-            value = lookup(found, metric)
+        for group, value in (lookup(found, "win_rate.per_group") or {}).items():
+            yield row(part, split, str(group), "win_rate", value, number)
+        for metric in (*METRICS, "malformed", *WINS):
+            value = lookup(found, _PLACES.get(metric, metric))
             if isinstance(value, int | float):
                 yield row(part, split, None, metric, value, number)
 

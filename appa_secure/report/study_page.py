@@ -16,6 +16,7 @@ from appa_secure.report.study import (
     PARTS,
     REACHED,
     SPLITS,
+    WINS,
     Difference,
     Estimate,
     Study,
@@ -155,7 +156,8 @@ def _shares(part: str) -> list[tuple[str, str, str]]:
     if part != "policy.after":
         return []
     reached = [(f"{name}, %", "run", metric) for metric, (_, name) in REACHED.items()]
-    return [*reached, ("unreadable, %", part, "malformed")]
+    wins = [(f"{name}, %", part, metric) for metric, name in WINS.items()]
+    return [*reached, *wins, ("unreadable, %", part, "malformed")]
 
 
 DIFFERENCE_HEADS = ["", "questions", "figure", "seeds", "difference", "bootstrap", "in %", "p"]

@@ -11,7 +11,8 @@ from scipy.spatial.distance import jensenshannon
 
 from appa_secure.messages import Message
 from appa_secure.secagg.errors import BadEncoding
-from coordinator.evaluate import Evaluator, Truth
+from appa_secure.tasks import answer_text
+from coordinator.evaluate import Evaluator, Truth, win_rates
 from tests.clients.world import World, make_world
 
 
@@ -100,3 +101,40 @@ def test_other_rows_are_refused_with_their_sender(world: World, field: str, sent
     found["g1"] = Message("truth", {**found["g1"].body, field: sent})
     with pytest.raises(BadEncoding, match=rf"^g1: truth\.{field}"):
         Truth.gather(world.agreement, found)
+
+
+def test_win_rates_count_every_pair_of_answers(world: World) -> None:
+    """Against loops; ties count half, and questions a group was not asked do not count."""
+    rng = np.random.default_rng(5)
+    scores, reference = (rng.integers(0, 4, (3, 5, size)) / 4.0 for size in (4, 6))
+    scores[1, 2] = reference[1, 2] = np.nan
+    expected = []
+    for g in range(3):
+        per_question = [
+            np.mean([1.0 if s > r else 0.5 if s == r else 0.0 for s in scores[g, q] for r in reference[g, q]])
+            for q in range(5)
+            if (g, q) != (1, 2)
+        ]
+        expected.append(np.mean(per_question))
+    assert win_rates(scores, reference).tolist() == pytest.approx(expected)
+    assert win_rates(reference, scores).tolist() == pytest.approx([1 - x for x in expected])
+    assert win_rates(scores, scores).tolist() == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_a_policy_is_held_against_its_reference_question_by_question(world: World) -> None:
+    """A policy that answers what g0 thinks wins over one that cannot be read, and over g1's answers with g0 alone."""
+    judge, qids = evaluator(world, replies(world)), ["q0", "q2"]
+
+    def said(group: str) -> list[list[str]]:
+        shares = [world.groups[group].distribution(q) for q in qids]
+        return [[answer_text(np.rint(10 * p / p.max()).astype(int).tolist(), "dpa")] * 2 for p in shares]
+
+    g0, g1 = (lambda prompts, n: said("g0")), (lambda prompts, n: said("g1"))
+    unreadable = judge.policy(g0, qids, 2, reference=lambda prompts, n: [["?"] * n for _ in prompts])
+    assert unreadable["win_rate"]["avg"] == unreadable["win_rate"]["min"] == 1.0
+    rates = judge.policy(g0, qids, 2, reference=g1)["win_rate"]
+    assert list(rates["per_group"]) == ["g0", "g1", "g2"]
+    assert rates["per_group"]["g0"] > 0.5 > rates["per_group"]["g1"]
+    assert rates["min"] == min(rates["per_group"].values())
+    assert rates["avg"] == pytest.approx(np.mean(list(rates["per_group"].values())))
+    assert "win_rate" not in judge.policy(g0, qids, 2)

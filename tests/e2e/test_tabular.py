@@ -61,6 +61,11 @@ def test_blind_equals_clear_and_a_killed_run_ends_as_if_it_had_not_been(
     assert (tmp_path / "blind" / "runs" / "run" / "policy" / "STAMP").read_text() == "not private\n"
     assert [row["step"] for row in blind["metrics.jsonl"]] == [1, 2, 3, 4]
     assert blind["rewards.jsonl"][-1]["result"]["branch"] == "weighted"
+    # After four steps answers suit the groups better than the uniform ones before more often than not.
+    rates = blind["alignment"]["train"]["after"]["win_rate"]
+    assert rates["avg"] == pytest.approx(np.mean(list(rates["per_group"].values())))
+    assert 0.5 < rates["avg"] < 1.0
+    assert "win_rate" not in blind["alignment"]["train"]["before"]
     # Rewards are true, so what is measured of a step is what histories are made of: weights follow from it.
     rule = configured(tmp_path / "blind", *WIDE).aggregation.spec
     history: dict[str, float | None] = {}

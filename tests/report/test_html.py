@@ -118,6 +118,19 @@ def test_answers_that_cannot_be_read_are_counted(tmp_path: Path, make_run: MakeR
     assert "Unreadable answers – 0.062" in Page(render(run)).text
 
 
+def test_win_rates_over_the_model_before_training_are_told(
+    tmp_path: Path, make_run: MakeRun, no_figures: None
+) -> None:
+    run = make_run(tmp_path / "run", steps=1)
+    path = run / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["alignment"]["train"]["after"]["win_rate"] = {"per_group": {}, "avg": 0.734, "min": 0.651}
+    path.write_text(json.dumps(summary))
+    text = Page(render(run)).text
+    assert "Win rate over the model before – 0.734" in text
+    assert "Lowest win rate of a group – 0.651" in text
+
+
 def test_figures_are_images_of_valid_svg_with_the_names_of_the_groups(
     tmp_path: Path, make_run: MakeRun
 ) -> None:

@@ -52,6 +52,10 @@ def sweep(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
             summary["share_of_gain"] = {"train": 0.5 + 0.1 * seed, "heldout": -3.0}
             summary["gap_closed"] = {"train": {"avg": 0.8, "min": None}, "heldout": {"avg": 0.1, "min": 0.1}}
             summary["alignment"]["train"]["after"]["malformed"] = 0.003
+            rate = 0.6 + 0.01 * seed + SHIFT[kind]
+            summary["alignment"]["train"]["after"]["win_rate"] = {
+                "per_group": {"White": rate}, "avg": rate, "min": rate - 0.1,
+            }  # fmt: skip
             path.write_text(json.dumps(summary), encoding="utf-8")
             noted["runs"][name] = {"aggregation": kind, "seed": str(seed)}
             journal = records.Journal(run / records.MEASUREMENT)
@@ -105,6 +109,22 @@ def test_shares_of_the_attainable_gain_are_columns_on_training_questions(sweep: 
     ceilings = study.frame[(study.frame["part"] == "ceiling") & (study.frame["split"] == "train")]
     assert set(ceilings["metric"]) == {"avg", "min", "min_at_avg", "pooled.avg", "pooled.min"}
     assert "Min gain: share of what can be gained" in render_study(sweep).read_text("utf-8")
+
+
+def test_win_rates_are_rows_columns_and_compared(sweep: Path) -> None:
+    study = load_study(sweep)
+    rows = study.frame[(study.frame["run"] == "aggregation-min_seed-2") & (study.frame["split"] == "train")]
+    found = rows[rows["metric"].isin(["win_rate", "lowest_win_rate"])]
+    assert sorted(zip(found["metric"], found["group"].fillna(""), found["value"].round(9), strict=True)) == [
+        ("lowest_win_rate", "", 0.54), ("win_rate", "", 0.64), ("win_rate", "White", 0.64),
+    ]  # fmt: skip
+    cells = dict(zip(means_heads("policy.after"), means_table(study, "policy.after")[1], strict=True))
+    assert cells["win rate, %"].startswith("64.0 [")
+    assert cells["lowest win rate, %"].startswith("54.0 [")
+    lines = differences_table(study, "policy.after", study.pairs(None))
+    told = {(split, figure): percent for _, split, figure, _, _, _, percent, _ in lines}
+    assert told[("training", "win rate")].startswith("+3.23 [")  # the mean of .02/.61, .02/.62 and .02/.63
+    assert ("held-out", "win rate") not in told
 
 
 def test_intervals_are_students(sweep: Path) -> None:
