@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def run(arguments: Sequence[str], log: Path | None, threads: int) -> int:
     """`appa-secure run ARGUMENTS` in a process of its own; returns its exit code, below 0 for a signal.
 
     Its standard output goes nowhere, what it says to people to the end of the file `log`, or to this process's own
-    standard error for None. threads: how many it may use for arithmetic; that of the first call holds for all.
+    standard error for None. threads: how many it may use for arithmetic; that of the first call holds for all. It ends when
+    this process does, however that comes about, and can be resumed like any run that was killed.
     """
     # Read once, when the fork server loads its libraries.
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -32,6 +34,7 @@ def run(arguments: Sequence[str], log: Path | None, threads: int) -> int:
 
 
 def _main(arguments: list[str], log: Path | None) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     if log is not None:
@@ -40,3 +43,11 @@ def _main(arguments: list[str], log: Path | None) -> None:
     from appa_secure.cli import main
 
     main()
+
+
+def _end_with_parent() -> None:
+    """A sweep that was killed can tell nobody: its runs would go on unseen, and keep a repeated sweep out."""
+    parent = multiprocessing.parent_process()  # the sweep, not the fork server
+    assert parent is not None
+    parent.join()
+    os._exit(1)

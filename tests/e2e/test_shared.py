@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ from appa_secure.errors import AppaError, ConfigError, RunError
 from appa_secure.messages import REPLIES, REQUESTS, pack, unpack
 from appa_secure.origin import predictor_part, read_origin
 from appa_secure.privacy.ledger import check_rows
-from appa_secure.records import CONFIG, read_journal, verify
+from appa_secure.records import CONFIG, RunDir, read_journal, verify
 
 OPTIONS = (
     "experiment=smoke", "policy=tabular", "predictor.local_steps=1", "privacy.accountant=rdp", "predictor.rounds=2",
@@ -312,3 +314,32 @@ def test_where_sharing_could_show_more_than_one_run_does_it_is_refused(override:
     more = ["evaluation.predictor_every=0"] if "truth" in override else []
     with pytest.raises(AppaError, match=rf"predictor\.origin=somewhere: .*{fix}"):
         compose(["experiment=smoke", "predictor.origin=somewhere", override, *more])
+
+
+def test_a_killed_sweep_takes_its_runs_with_it(tmp_path: Path) -> None:
+    """Their lock is free soon after, so that the sweep can be repeated at once."""
+    arguments = [*OPTIONS, *place(tmp_path), "ppo.steps=5000", "name=run"]
+    code = f"from appa_secure.children import run; run({arguments!r}, None, 1)"
+    sweep, run = subprocess.Popen([sys.executable, "-c", code]), tmp_path / "runs" / "run"
+    _wait(lambda: (run / "metrics.jsonl").exists(), 120)
+    with pytest.raises(RunError, match="another process"):
+        RunDir.open(run)
+    sweep.kill()
+    sweep.wait()
+    _wait(lambda: _is_free(run), 20)
+    assert not (run / "summary.json").exists()
+
+
+def _is_free(run: Path) -> bool:
+    try:
+        RunDir.open(run).close()
+    except RunError:
+        return False
+    return True
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"not so after {seconds} s"
+        time.sleep(0.1)
