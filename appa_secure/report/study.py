@@ -44,10 +44,8 @@ PARTS = {
 }
 
 
-_PLACES = {
-    "win_rate": "win_rate.avg",
-    "lowest_win_rate": "win_rate.min",
-}  # in a measurement; others: their name
+# Where a measurement has a metric, if not under its name.
+_PLACES = {"win_rate": "win_rate.avg", "lowest_win_rate": "win_rate.min"}
 _RESAMPLES = 10_000
 _PANELS = ("experiment", "data", "data.kind", "task.reward", "policy", "policy.kind")
 _RULE, _SYSTEM, _PRIVACY, _REFERENCE = "aggregation", "system", "privacy", "average"

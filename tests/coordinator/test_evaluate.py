@@ -103,7 +103,7 @@ def test_other_rows_are_refused_with_their_sender(world: World, field: str, sent
         Truth.gather(world.agreement, found)
 
 
-def test_win_rates_count_every_pair_of_answers(world: World) -> None:
+def test_win_rates_count_every_pair_of_answers() -> None:
     """Against loops; ties count half, and questions a group was not asked do not count."""
     rng = np.random.default_rng(5)
     scores, reference = (rng.integers(0, 4, (3, 5, size)) / 4.0 for size in (4, 6))
