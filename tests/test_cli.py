@@ -336,7 +336,7 @@ def _rows(name: str) -> set[tuple[str, str, str, str]]:
     for c in (member.config for member in sweeping.plan([f"+experiment={name}", "seed=1"])):
         rule = f"{c.system.kind} {c.system.eta}"
         if c.system.kind == "appa":
-            rule = f"{c.aggregation.kind} {c.aggregation.variant}"
+            rule = f"{c.aggregation.kind} {c.aggregation.variant} {c.predictor.training}"
         data, ε = f"{c.experiment} {c.task.reward}", str(c.privacy.epsilon if c.privacy.enabled else None)
         found.add((data, c.policy.kind, rule, ε))
     return found
@@ -348,7 +348,7 @@ def test_the_quick_studies_leave_no_row_out(monkeypatch: pytest.MonkeyPatch) -> 
     found = {name: _rows(name) for name in _STUDIES}
     assert found == {name: _rows(f"{name}_quick") for name in _STUDIES}
     table, line, claims = found.values()
-    assert len(table) == 6 * 7 + 2 * 5 + 2
+    assert len(table) == 6 * 7 + 2 * 5 + 2 + 2
     assert len(line) == 2 * 3 * 5
     assert len(claims) == 3 + 4
 
