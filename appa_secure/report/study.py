@@ -43,7 +43,6 @@ PARTS = {
     "predictor.pluralllm": "Predictor: own predictions in PluralLLM's score, 1 - sqrt(JSD)",
 }
 
-
 # Where a measurement has a metric, if not under its name.
 _PLACES = {"win_rate": "win_rate.avg", "lowest_win_rate": "win_rate.min"}
 _RESAMPLES = 10_000

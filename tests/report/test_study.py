@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +244,27 @@ def test_the_report_shows_tables_figures_and_what_is_missing(sweep: Path) -> Non
     assert "Not finished: aggregation-max_seed-1" in text
     assert "No ledger pays for a choice" in text
     assert not math.isnan(load_study(sweep).frame["value"].sum())
+
+
+def test_a_study_of_several_data_sets_is_taken_apart(sweep: Path, tmp_path: Path) -> None:
+    """Each is compared with its own average rule, and reached from the top; long tables of differences open on demand."""
+    noted = {"fields": ["experiment", "aggregation", "seed"], "runs": {}}
+    for experiment in ("one", "two"):
+        for kind in ("average", "min"):
+            (tmp_path / f"{experiment}-{kind}").symlink_to(sweep / f"aggregation-{kind}_seed-1")
+            varied = {"experiment": experiment, "aggregation": kind, "seed": "1"}
+            noted["runs"][f"{experiment}-{kind}"] = varied
+    (tmp_path / records.SWEEP).write_text(json.dumps(noted), encoding="utf-8")
+    panels = load_study(tmp_path).panels()
+    assert [title.split(", ")[0] for title, _ in panels] == ["one", "two"]
+    assert [panel.pairs(None) for _, panel in panels] == [[("average", "min")]] * 2
+    page = render_study(tmp_path).read_text("utf-8")
+    assert re.findall(r'<a href="#(.+?)">(\w+)', page) == [("part-1", "one"), ("part-2", "two")]
+    assert re.findall(r'<h2 id="(.+?)">(\w+)', page) == [("part-1", "one"), ("part-2", "two")]
+    assert {path.name[:2] for path in (tmp_path / "figures").iterdir()} == {"1_", "2_"}
+    assert "<details open><summary>Paired differences" in page  # two splits, few figures
+    text = study_markdown(tmp_path)
+    assert text.index("### one, ") < text.index("| min − average |") < text.index("### two, ")
 
 
 def test_a_plane_leaves_out_what_would_hide_the_differences_between_all_others() -> None:
