@@ -11,10 +11,14 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["appa_secure.cli", "appa_secure.launch", "coordinator.pipeline"])
+# A process's exit code can be read once. Starting one reads those of all others that have ended: while another thread reads
+# too, one of the two finds nothing and takes it for 255.
+_READING = threading.Lock()
 
 
 def run(arguments: Sequence[str], log: Path | None, threads: int) -> int:
@@ -27,8 +31,11 @@ def run(arguments: Sequence[str], log: Path | None, threads: int) -> int:
     # Read once, when the fork server loads its libraries.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     process = _CONTEXT.Process(target=_main, args=(list(arguments), log))
-    process.start()
-    process.join()
+    with _READING:
+        process.start()
+    wait([process.sentinel])
+    with _READING:
+        process.join()
     assert process.exitcode is not None
     return process.exitcode
 

@@ -1,13 +1,17 @@
 """The command line: help that teaches, refusals before any work, paths alone on standard output."""
 
 import json
+import multiprocessing.forkserver
 import re
 import shlex
 import subprocess
 import sys
 import threading
+import time
+import traceback
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -421,6 +425,25 @@ def test_children_are_processes_of_their_own_with_exit_codes_and_logs(tmp_path: 
     said = log.read_text("utf-8")
     assert "ppo.stepz" in said
     assert said.count("appa-secure: cannot start") == 2
+
+
+def test_exit_codes_of_children_side_by_side_are_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starting a child reads the exit codes of others that have ended, and each can be read once. Whoever waits for one is
+    slow here, so that the other gets in between."""
+    read = multiprocessing.forkserver.read_signed
+
+    def slow(file: int) -> int:
+        if not any(frame.name == "_cleanup" for frame in traceback.extract_stack()):
+            time.sleep(0.4)
+        return int(read(file))
+
+    monkeypatch.setattr(multiprocessing.forkserver, "read_signed", slow)
+    arguments = ["experiment=smoke", f"output_root={tmp_path}", "seed=x"]
+    with ThreadPoolExecutor(2) as pool:
+        codes = list(pool.map(lambda _: sweeping.children.run(arguments, tmp_path / "log", 1), range(6)))
+    assert codes == [2] * 6
 
 
 def test_a_sweep_leaves_one_tidy_table_and_a_report(call: Call, children: list[list[str]]) -> None:
