@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, find, given, settings
+from hypothesis import HealthCheck, Phase, example, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 
@@ -511,6 +511,7 @@ def try_sparse_round(plan: tuple[int, Schedule]) -> None:
 
 @settings(speed, max_examples=25)
 @given(epochs(SPARSE))
+@example((14, tuple(Hit("roster", party, "request lost", 0) for party in range(4)), (), ()))
 def test_any_epoch_on_a_sparse_graph(plan: tuple[int, Schedule, Schedule, Schedule]) -> None:
     try_sparse_epoch(plan)
 
